@@ -1,0 +1,63 @@
+"""A law pushed through a network: expected outputs, tails and error bars without sampling."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pushforward.cumulants.expectation import expect
+    from pushforward.cumulants.laws import GaussianLaw
+    from pushforward.cumulants.monte_carlo import SampledLaw, monte_carlo
+    from pushforward.cumulants.output import OutputLaw
+    from pushforward.cumulants.propagation import propagate
+    from pushforward.errors import PushforwardError
+    from pushforward.gaussians.activations import PiecewisePolynomial, SmoothActivation
+    from pushforward.networks.activations import register_activation
+    from pushforward.runs.estimate import Check, Cost, Estimate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Check",
+    "Cost",
+    "Estimate",
+    "GaussianLaw",
+    "OutputLaw",
+    "PiecewisePolynomial",
+    "PushforwardError",
+    "SampledLaw",
+    "SmoothActivation",
+    "expect",
+    "monte_carlo",
+    "propagate",
+    "register_activation",
+]
+
+_HOMES = {
+    "Check": "runs.estimate",
+    "Cost": "runs.estimate",
+    "Estimate": "runs.estimate",
+    "GaussianLaw": "cumulants.laws",
+    "OutputLaw": "cumulants.output",
+    "PiecewisePolynomial": "gaussians.activations",
+    "PushforwardError": "errors",
+    "SampledLaw": "cumulants.monte_carlo",
+    "SmoothActivation": "gaussians.activations",
+    "expect": "cumulants.expectation",
+    "monte_carlo": "cumulants.monte_carlo",
+    "propagate": "cumulants.propagation",
+    "register_activation": "networks.activations",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pushforward' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"pushforward.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,1 @@
+"""Law of inputs -> law of outputs: cumulant propagation, error bars, tails, Monte Carlo."""

@@ -1,0 +1,530 @@
+"""`propagate`: the law of the outputs of a network for a Gaussian law of its inputs, without sampling."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from pushforward.cumulants.activation_step import Closure, StepReport, activate
+from pushforward.cumulants.flops import propagation_flops, unit_flops
+from pushforward.cumulants.laws import GaussianLaw
+from pushforward.cumulants.mean_propagation import (
+    UnitMoments,
+    activate_units,
+    affine_units,
+    first_affine_units,
+)
+from pushforward.cumulants.output import ErrorBar, Moments, OutputLaw, moments_of
+from pushforward.cumulants.towers import CumulantTower, Metric, Radius, gram
+from pushforward.errors import OptionError, ResourceError, ShapeError
+from pushforward.networks.graph import AffineMap, NetworkGraph, Stage, read_network
+from pushforward.runs.estimate import Check
+
+__all__ = ["VarianceForm", "depth_over_width", "propagate"]
+
+VarianceForm = Literal["unit", "scalar"]
+
+_BREAKDOWN_RATIO = 1 / 8
+_THIRD_ORDER_BYTES = 4e9
+_EXACT_ABOVE = 0.25
+
+
+@dataclass(frozen=True)
+class _Settings:
+    metric: Metric
+    exact_above: float | None
+    angular: bool
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One run through the network."""
+
+    moments: Moments
+    tower: CumulantTower | None
+    radius: Radius | None
+    reports: tuple[StepReport, ...]
+    layers: dict[str, tuple[CumulantTower, Radius | None]]
+
+    @property
+    def broken(self) -> int:
+        return sum(report.negative_variances for report in self.reports)
+
+
+def propagate(
+    net: nn.Module | NetworkGraph,
+    law: GaussianLaw,
+    order: int = 2,
+    *,
+    augmented: bool | None = None,
+    metric: Metric = "exact",
+    variance: VarianceForm = "unit",
+    exact_above: float | None = _EXACT_ABOVE,
+    angular: bool | None = None,
+    standard_error: bool = True,
+    layers: bool = False,
+) -> OutputLaw:
+    """Law of the outputs of a network whose inputs are Gaussian, from its weights alone.
+
+    Cumulants are pushed through the network layer by layer (arXiv 2605.05179). The cost does not depend on how rare an
+    event is, and the error falls with the width ``n`` of the network like ``n^-order``.
+
+    Parameters
+    ----------
+    net
+        A module that torch.fx can trace, in eval mode: Linear, convolution, pooling, BatchNorm, the usual
+        activations, residual additions and concatenations. A graph from `read_network` is accepted too.
+    law
+        Of the inputs: one law or a batch.
+    order
+        1: means and independent variances, ``O(n^2)`` a layer. 2: covariances, ``O(n^3)``. 3: the full third cumulant in
+        factored form, ``O(L n^3)`` a layer for ``L`` layers behind it.
+    augmented
+        For order 2, whether to track the radial parts of the third and fourth cumulant as well: three to four times the
+        cost, a fifth of the squared error on wide networks, and what tail probabilities need. None switches it on unless
+        depth over width is 1/8 or more, where it does harm.
+    metric
+        ``"average"`` replaces ``W W^T`` by its mean diagonal in the radial cumulants: cheaper and less accurate.
+    variance
+        At order 1, one variance for each unit or, as published, one ``"scalar"`` for each layer.
+    exact_above
+        Pairs of units correlated more strongly than this get an exact bivariate kernel, and the first layer, where units
+        are exactly Gaussian, is treated exactly throughout. None gives the published expansion.
+    angular
+        Propagate on the sphere and put the radius back exactly. None does so where it is exact: no biases, positively
+        homogeneous activations, an isotropic centred law, at least two hidden layers, order 2 or 3.
+    standard_error
+        Whether to run a second order for the error bar. Order 1 is compared with order 2; order 2 with order 3; order 3 with
+        order 2 augmented, which bounds its error from above rather than estimating it.
+    layers
+        Whether to return the laws of all hidden layers.
+
+    Returns
+    -------
+    OutputLaw
+        In the wider dtype of the network and the law, computed in float64. Differentiable in weights and law.
+
+    Raises
+    ------
+    OptionError
+        For an unknown order or option.
+    ShapeError
+        When the law has another dimension than the network expects, or lies on another device.
+    ResourceError
+        When the covariances do not fit into memory.
+
+    Examples
+    --------
+    >>> import torch, pushforward as pf
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+    >>> outputs = pf.propagate(net, pf.GaussianLaw.standard(4))
+    >>> tuple(outputs.mean.shape)
+    (2,)
+    """
+    start = time.perf_counter()
+    _check_options(order, metric, variance, exact_above)
+    graph = net if isinstance(net, NetworkGraph) else read_network(net, law.event_shape)
+    inputs = _prepare_law(graph, law)
+    settings = _Settings(metric, exact_above, _use_sphere(graph, law, order, angular))
+    ratio = depth_over_width(graph)
+    if augmented is None:
+        augmented = order == 2 and ratio < _BREAKDOWN_RATIO
+    if augmented and order != 2:
+        raise OptionError(
+            f"augmented=True with order={order}",
+            where="propagate",
+            advice="Only order 2 has an augmented form; order 3 goes beyond it.",
+        )
+    try:
+        if order == 1:
+            main, flops = _run_units(graph, inputs, variance, metric), _unit_cost(graph, inputs)
+        else:
+            closure = _closure(order, augmented)
+            main = _run(graph, inputs, closure, settings, layers)
+            flops = _cost(graph, closure, main, inputs)
+        reference, name = None, ""
+        if standard_error:
+            reference, name, extra = _reference(graph, inputs, order, augmented, settings)
+            flops += extra
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        raise _out_of_memory(graph, inputs, error) from error
+
+    bar = None
+    if reference is not None:
+        spread = reference.moments.variance if order == 1 else main.moments.variance
+        bar = ErrorBar.between(main.moments.mean, reference.moments.mean, spread)
+    checks = _checks(graph, ratio, order, augmented, main, reference, name, bar, settings)
+    dtype = torch.promote_types(graph.dtype, law.mean.dtype)
+    single = not law.batch_shape
+
+    def assemble(part: _Pass, error: ErrorBar | None) -> OutputLaw:
+        result = OutputLaw.from_moments(
+            _squeeze_moments(part.moments) if single else part.moments,
+            order=order,
+            augmented=augmented,
+            dtype=dtype,
+            tower=None if part.tower is None else (part.tower.squeezed() if single else part.tower),
+            radius=part.radius,
+            error=ErrorBar(*(x.squeeze(0) for x in error)) if error and single else error,
+        )
+        return replace(result, checks=checks)
+
+    hidden = {
+        key: assemble(_Pass(moments_of(tower, radius), tower, radius, (), {}), None)
+        for key, (tower, radius) in main.layers.items()
+    }
+    result = assemble(main, bar)
+    return replace(result, flops=flops, seconds=time.perf_counter() - start, layers=hidden)
+
+
+def depth_over_width(graph: NetworkGraph) -> float:
+    """``sum_l 1 / n_l`` over the hidden layers: the ``L / n`` that governs the error.
+
+    Parameters
+    ----------
+    graph
+        The network.
+
+    Returns
+    -------
+    float
+        0 for a network without hidden layers.
+    """
+    return sum(1 / max(1, stage.width) for stage in graph.stages)
+
+
+# --- the passes ----------------------------------------------------------------------------------
+
+
+def _run(
+    graph: NetworkGraph, law: GaussianLaw, closure: Closure, settings: _Settings, keep: bool
+) -> _Pass:
+    """Orders 2 and 3."""
+    radius = Radius(graph.input_features) if settings.angular else None
+    on_sphere = radius is not None and closure != "covariance"
+    batch = law.mean.shape[0]
+    reports: list[StepReport] = []
+    kept: dict[str, tuple[CumulantTower, Radius | None]] = {}
+    tower: CumulantTower | None = None
+    here: Radius | None = radius if on_sphere else None
+    for index, stage in enumerate(graph.stages):
+        if tower is None:
+            core = radius.fourth_core if radius is not None and on_sphere else None
+            tower = _first_affine(law, stage.affine, core, settings.metric)
+        else:
+            tower = tower.affine(stage.affine, settings.metric)
+        if keep:
+            _keep(kept, stage, tower.expanded(batch), here, before=True)
+        tower, report = activate(tower.expanded(batch), stage.groups, closure, settings.exact_above)
+        reports.append(report)
+        if keep:
+            _keep(kept, stage, tower, here, before=False)
+        if radius is not None and not on_sphere and index == 0:
+            # Behind the first layer, which is exact for Gaussian inputs, change to the sphere.
+            tower, here = radius.remove(tower), radius
+    if tower is None:
+        tower = _first_affine(law, graph.output, None, settings.metric)
+    else:
+        tower = tower.affine(graph.output, settings.metric)
+    tower = tower.expanded(batch)
+    moments = moments_of(tower, radius)
+    if closure != "covariance" and moments.third is None:
+        zeros = torch.zeros_like(moments.mean)
+        moments = moments._replace(third=zeros, fourth=zeros)
+    return _Pass(moments, tower, radius, tuple(reports), kept)
+
+
+def _run_units(
+    graph: NetworkGraph, law: GaussianLaw, variance: VarianceForm, metric: Metric
+) -> _Pass:
+    """Order 1."""
+    scalar = variance == "scalar"
+    reports = []
+    units: UnitMoments | None = None
+    for affine, groups in [*((s.affine, s.groups) for s in graph.stages), (graph.output, ())]:
+        if units is None:
+            units = first_affine_units(law, affine, scalar, metric)
+        else:
+            units = affine_units(units, affine, scalar, metric)
+        if groups:
+            units, broken = activate_units(units, groups)
+            reports.append(StepReport(broken, 0, 0, 0.0))
+    assert units is not None
+    moments = Moments(units.mean, units.variance.expand_as(units.mean))
+    return _Pass(moments, None, None, tuple(reports), {})
+
+
+def _first_affine(
+    law: GaussianLaw, affine: AffineMap, fourth_core: float | None, metric: Metric
+) -> CumulantTower:
+    """Tower behind the first affine map, at the least cost that the covariance allows."""
+    linear, covariance = affine.linear, law.covariance
+    mean = affine.apply(law.mean)
+    fourth = metric_matrix = None
+    if covariance.dim() == 0:
+        product = gram(linear, mean)
+        image = covariance * product
+        if fourth_core is not None:
+            fourth, metric_matrix = covariance.square() * fourth_core, product
+            if metric == "average":
+                metric_matrix = torch.eye(len(product)).to(product) * product.diagonal().mean()
+    elif covariance.dim() == 1:
+        image = linear.apply(linear.dense(mean) * covariance)
+    else:
+        image = linear.apply(linear.apply(covariance).mT)
+    return CumulantTower(mean, image, None, fourth, metric_matrix)
+
+
+def _reference(
+    graph: NetworkGraph, law: GaussianLaw, order: int, augmented: bool, settings: _Settings
+) -> tuple[_Pass, str, float]:
+    """The pass that the error bar compares with, its name and its cost."""
+    closure: Closure
+    if order == 1:
+        closure, name = "covariance", "order 2"
+    elif order == 2 and _third_order_bytes(graph, law) < _THIRD_ORDER_BYTES:
+        closure, name = "full", "order 3"
+    elif order == 2:
+        closure = "covariance" if augmented else "radial"
+        name = "order 2" if augmented else "order 2 augmented"
+    else:
+        closure, name = "radial", "order 2 augmented"
+    with torch.no_grad():
+        result = _run(graph, law, closure, settings, keep=False)
+    return result, name, _cost(graph, closure, result, law)
+
+
+def _closure(order: int, augmented: bool) -> Closure:
+    if order == 3:
+        return "full"
+    return "radial" if augmented else "covariance"
+
+
+# --- costs ---------------------------------------------------------------------------------------
+
+
+def _cost(graph: NetworkGraph, closure: Closure, result: _Pass, law: GaussianLaw) -> float:
+    strong = sum(report.strong_pairs for report in result.reports)
+    return propagation_flops(graph, closure) * law.mean.shape[0] + propagation_flops(
+        graph, closure, strong
+    ) - propagation_flops(graph, closure)
+
+
+def _unit_cost(graph: NetworkGraph, law: GaussianLaw) -> float:
+    return unit_flops(graph, full_input=law.covariance.dim() >= 2) * law.mean.shape[0]
+
+
+def _third_order_bytes(graph: NetworkGraph, law: GaussianLaw) -> float:
+    widths = [stage.affine.linear.out_features for stage in graph.stages]
+    return 3 * 8.0 * law.mean.shape[0] * sum(widths) * max([*widths, 1])
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+def _checks(
+    graph: NetworkGraph,
+    ratio: float,
+    order: int,
+    augmented: bool,
+    main: _Pass,
+    reference: _Pass | None,
+    name: str,
+    bar: ErrorBar | None,
+    settings: _Settings,
+) -> tuple[Check, ...]:
+    checks = [_check_variance(main, reference), _check_depth(ratio, graph, order)]
+    if bar is not None:
+        checks.append(_check_agreement(float(bar.relative.max()), name, order))
+    if order > 1:
+        checks += _check_pairs(main, settings)
+        checks.append(_check_covariance(main))
+    if settings.angular:
+        detail = "bias-free and homogeneous: propagated on the sphere, radius restored exactly"
+        checks.append(Check("angular-gauge", "pass", detail))
+    return tuple(checks)
+
+
+def _check_variance(main: _Pass, reference: _Pass | None) -> Check:
+    output = int((main.moments.variance.detach() < 0).sum())
+    if main.broken or output:
+        return Check(
+            "positive-variance",
+            "fail",
+            f"{main.broken} hidden and {output} output variances came out negative.",
+            "The expansion has broken down: use a lower order, order 2 without augmentation, or "
+            "pushforward.monte_carlo.",
+        )
+    if reference is not None and reference.broken:
+        return Check(
+            "positive-variance",
+            "warn",
+            f"the order behind the error bar gave {reference.broken} negative variances.",
+            "The error bar is not reliable: compare with pushforward.monte_carlo.",
+        )
+    return Check("positive-variance", "pass", "all propagated variances are positive.")
+
+
+def _check_depth(ratio: float, graph: NetworkGraph, order: int) -> Check:
+    detail = f"sum of 1 / width over {graph.depth} hidden layers is {ratio:.3g}"
+    if order > 1 and ratio >= _BREAKDOWN_RATIO:
+        return Check(
+            "depth-over-width",
+            "warn",
+            f"{detail}, at least 1/8.",
+            "At this depth higher orders no longer improve on lower ones: trust the error bar only "
+            "roughly, or use pushforward.monte_carlo.",
+        )
+    return Check("depth-over-width", "pass", f"{detail}.")
+
+
+def _check_agreement(relative: float, name: str, order: int) -> Check:
+    size = relative**0.5
+    detail = f"the means differ from {name} by {size:.2g} standard deviations of the outputs"
+    if not size < 1.0:
+        advice = "Nothing is known at this order: use pushforward.monte_carlo."
+        return Check("orders-agree", "fail", f"{detail}.", advice)
+    if size > 0.2:
+        better = "a higher order or " if order < 3 else ""
+        advice = f"The expansion converges slowly here: use {better}pushforward.monte_carlo."
+        return Check("orders-agree", "warn", f"{detail}.", advice)
+    return Check("orders-agree", "pass", f"{detail}.")
+
+
+def _check_pairs(main: _Pass, settings: _Settings) -> list[Check]:
+    strong = sum(report.strong_pairs for report in main.reports)
+    pairs = sum(report.pairs for report in main.reports)
+    truncation = max((report.truncation for report in main.reports), default=0.0)
+    if settings.exact_above is None or not pairs:
+        return []
+    share = f"{strong} of {pairs} pairs of units have |correlation| > {settings.exact_above:g}"
+    checks = [Check("correlated-units", "pass", f"{share} and use the exact bivariate kernel.")]
+    if truncation > 1e-3:
+        checks.append(
+            Check(
+                "kernel-series",
+                "warn",
+                f"a covariance of activations may be off by {truncation:.2g} of its scale.",
+                "An activation is steep on the scale of its input; the variances are less certain.",
+            )
+        )
+    return checks
+
+
+def _check_covariance(main: _Pass) -> Check:
+    covariance = main.moments.covariance
+    assert covariance is not None
+    values = torch.linalg.eigvalsh(covariance.detach())
+    smallest, largest = float(values.min()), float(values.abs().max())
+    if smallest < -1e-9 * max(largest, 1e-300):
+        return Check(
+            "covariance-psd",
+            "warn",
+            f"the output covariance has an eigenvalue {smallest:.2g} (largest {largest:.2g}).",
+            "Some linear functional has a negative variance; project on the ones you need and check.",
+        )
+    return Check("covariance-psd", "pass", "the output covariance is positive semi-definite.")
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+def _check_options(
+    order: int, metric: Metric, variance: VarianceForm, exact_above: float | None
+) -> None:
+    if order not in {1, 2, 3}:
+        raise OptionError(
+            f"order={order!r}",
+            where="propagate",
+            advice="Use 1 (means), 2 (covariances) or 3 (third cumulants).",
+        )
+    for label, value, kind in (("metric", metric, Metric), ("variance", variance, VarianceForm)):
+        if value not in get_args(kind):
+            raise OptionError(
+                f"{label}={value!r}",
+                where="propagate",
+                advice=f"Use one of {', '.join(map(repr, get_args(kind)))}.",
+            )
+    if exact_above is not None and not 0 <= exact_above <= 1:
+        raise OptionError(
+            f"exact_above={exact_above!r}",
+            where="propagate",
+            advice="It is a correlation in [0, 1]; None switches the exact kernel off.",
+        )
+
+
+def _use_sphere(graph: NetworkGraph, law: GaussianLaw, order: int, angular: bool | None) -> bool:
+    if angular is False or order == 1:
+        return False
+    possible = law.is_isotropic_centred and graph.positively_homogeneous
+    if angular and not possible:
+        raise OptionError(
+            "angular=True needs a bias-free positively homogeneous network and a law N(0, c I)",
+            where="propagate",
+            advice="Leave angular=None: it is switched on where it is exact.",
+        )
+    return possible and (graph.depth >= 2 or bool(angular))
+
+
+def _prepare_law(graph: NetworkGraph, law: GaussianLaw) -> GaussianLaw:
+    """The law in float64 with a batch dimension."""
+    if law.dimension != graph.input_features:
+        raise ShapeError(
+            f"the law has {law.dimension} features, the network takes {graph.input_features}",
+            where="propagate",
+            advice="Build the law from the data that the network was made for.",
+        )
+    if law.mean.device != graph.device:
+        raise ShapeError(
+            f"the law lies on {law.mean.device}, the network on {graph.device}",
+            where="propagate",
+            advice="Move one of them; GaussianLaw.from_data takes device=.",
+        )
+    mean = law.mean.to(torch.float64)
+    prepared = object.__new__(GaussianLaw)  # already validated: only the dtype and a batch axis change
+    for name, value in (
+        ("mean", mean if mean.dim() == 2 else mean[None]),
+        ("covariance", law.covariance.to(torch.float64)),
+        ("event_shape", law.event_shape),
+    ):
+        object.__setattr__(prepared, name, value)
+    return prepared
+
+
+def _out_of_memory(graph: NetworkGraph, law: GaussianLaw, error: Exception) -> Exception:
+    text = str(error)
+    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in text:
+        return error
+    width = max([graph.input_features, *(s.affine.linear.out_features for s in graph.stages)])
+    size = 8 * law.mean.shape[0] * width**2 / 1e9
+    return ResourceError(
+        f"a covariance of {width} units for {law.mean.shape[0]} law(s) takes {size:.3g} GB, and "
+        "several are needed",
+        where="propagate",
+        advice="Use order=1, a smaller batch of laws, standard_error=False, or "
+        "pushforward.monte_carlo.",
+    )
+
+
+def _keep(
+    kept: dict[str, tuple[CumulantTower, Radius | None]],
+    stage: Stage,
+    tower: CumulantTower,
+    radius: Radius | None,
+    *,
+    before: bool,
+) -> None:
+    for group in stage.groups:
+        if not group.carried:
+            name = group.input_name if before else group.name
+            kept[name] = (tower.select(group.units), radius)
+
+
+def _squeeze_moments(moments: Moments) -> Moments:
+    return Moments(*(None if x is None else x.squeeze(0) for x in moments))
+
+

@@ -1,0 +1,1 @@
+"""Gaussian variables through nonlinearities: coefficients, joint laws of pairs, tails."""

@@ -1,0 +1,1 @@
+"""How computations are run and answered: estimates, random streams, progress."""

@@ -1,0 +1,1 @@
+"""Oracles: slow and obviously right computations that the fast paths are tested against."""
