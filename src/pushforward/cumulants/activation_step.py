@@ -36,8 +36,8 @@ Closure = Literal["covariance", "radial", "full"]
 augmented), or the full third and the radial fourth cumulant (order 3)."""
 
 # In front of the first activation the units are exactly Gaussian: weak pairs get this many terms of the series (relative
-# error below threshold^7), strong pairs the exact kernel.
-_GAUSSIAN_DEGREE = 6
+# error below threshold^11), strong pairs the exact kernel.
+_GAUSSIAN_DEGREE = 10
 _LEAST_RELATIVE_VARIANCE = 1e-20
 
 

@@ -66,16 +66,16 @@ class ErrorBar(NamedTuple):
     relative: Tensor
 
     @classmethod
-    def between(cls, mean: Tensor, other: Tensor, variance: Tensor) -> ErrorBar:
-        """From the means of two orders.
+    def between(cls, moments: Moments, other: Moments) -> ErrorBar:
+        """From the moments of two orders; variances are those of the first.
 
         Returns
         -------
         ErrorBar
             Without gradient.
         """
-        difference = (mean - other).detach()
-        total = variance.detach().clamp(min=0).sum(-1).clamp(min=1e-300)
+        difference = (moments.mean - other.mean).detach()
+        total = moments.variance.detach().clamp(min=0).sum(-1).clamp(min=1e-300)
         return cls(difference, difference.square().sum(-1) / total)
 
     def standard_error(self, variance: Tensor) -> Tensor:
