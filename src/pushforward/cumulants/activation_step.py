@@ -17,6 +17,9 @@ Cumulants follow from power cumulants: ``K_21 = P_21 - 2 P_1 P_11`` and so on (s
 
 from __future__ import annotations
 
+
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +27,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pushforward.cumulants.pair_expansion import StrongPairs, find_strong_pairs, pair_blocks
+from pushforward.cumulants.pair_expansion import (
+    PairBlock,
+    StrongPairs,
+    find_strong_pairs,
+    pair_blocks,
+)
 from pushforward.cumulants.towers import CumulantTower, FactoredThird, RadialThird, Source
 from pushforward.gaussians.activations import HermiteTable
 from pushforward.networks.graph import UnitGroup
@@ -35,9 +43,10 @@ Closure = Literal["covariance", "radial", "full"]
 """What is tracked beyond the covariance: nothing (order 2), the radial parts of the third and fourth cumulant (order 2
 augmented), or the full third and the radial fourth cumulant (order 3)."""
 
-# In front of the first activation the units are exactly Gaussian: weak pairs get this many terms of the series (relative
-# error below threshold^11), strong pairs the exact kernel.
-_GAUSSIAN_DEGREE = 10
+# In front of the first activation the units are exactly Gaussian, and all pairs are treated exactly: strong ones by the kernel,
+# weak ones by the series, cut where the next power of the largest correlation is below this (its coefficients, a share of
+# the variance that the first terms leave over, make the error some hundred times smaller still).
+_SERIES_TOLERANCE = 1e-3
 _LEAST_RELATIVE_VARIANCE = 1e-20
 
 
@@ -143,9 +152,10 @@ def activate(
         For the checks.
     """
     higher = closure != "covariance"
-    exact_start = tower.gaussian and exact_above is not None
-    series = _GAUSSIAN_DEGREE if exact_start else (2 if higher else 1)
     std, broken = positive_std(tower.variance)
+    series = 2 if higher else 1
+    if tower.gaussian and exact_above is not None:
+        series = max(series, _series_degree(tower, std, exact_above))
     max_power, max_degree = (4, max(4, series)) if higher else (2, series)
     center, table = hermite_tables(groups, tower.mean, std, max_power, max_degree)
     inverse = 1 / std
@@ -158,7 +168,13 @@ def activate(
         strong = find_strong_pairs(tower, groups, table, std, series, exact_above, wanted)
     report = _report(tower, broken, strong)
     sums = _PairSums(p[0], strong, keep_pairs=closure == "full")
-    for block in pair_blocks(tower, table, inverse, series):
+    if not higher and series == 1:
+        slope = table[0, 1] * inverse
+        sums.add(slice(0, None), tower.covariance * (slope[..., :, None] * slope[..., None, :]))
+        blocks: Iterable[PairBlock] = ()
+    else:
+        blocks = pair_blocks(tower, table, inverse, series)
+    for block in blocks:
         p11 = block.power_covariance(1, 1)
         if higher:
             p21, p22 = block.power_covariance(2, 1), block.power_covariance(2, 2)
@@ -179,6 +195,16 @@ def activate(
     else:
         third = _full_third(tower, table, inverse, k3, sums.pairs21())
     return CumulantTower(mean, covariance, third, fourth), report
+
+
+@torch.no_grad()
+def _series_degree(tower: CumulantTower, std: Tensor, exact_above: float) -> int:
+    """Terms after which the series has converged for the weakly correlated pairs."""
+    scaled = tower.covariance.abs() / std[..., None, :]
+    scaled.diagonal(dim1=-2, dim2=-1).zero_()
+    largest = float((scaled.amax(-1) / std).amax())
+    rho = min(max(largest, 1e-3), exact_above, 0.99)
+    return min(12, math.ceil(math.log(_SERIES_TOLERANCE) / math.log(max(rho, 1e-3))))
 
 
 def _unit_powers(tower: CumulantTower, table: Tensor, inverse: Tensor) -> Tensor:
@@ -226,7 +252,7 @@ class _PairSums:
 
     def covariance(self) -> Tensor:
         """``K_11``, diagonal undefined."""
-        self._base = torch.cat(self._p11, dim=-2)
+        self._base = self._p11[0] if len(self._p11) == 1 else torch.cat(self._p11, dim=-2)
         if self._strong is None:
             return self._base
         return self._put(self._base, self._strong.corrections[1, 1])

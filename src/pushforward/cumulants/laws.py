@@ -121,7 +121,7 @@ class GaussianLaw:
     @classmethod
     def from_data(
         cls,
-        source: DataSource | np.ndarray[Any, Any],
+        source: DataSource | np.ndarray[Any, np.dtype[Any]],
         *,
         covariance: CovarianceKind = "full",
         device: torch.device | str | None = None,

@@ -33,7 +33,9 @@ class UnitMoments:
     variance: Tensor
 
 
-def first_affine_units(law: GaussianLaw, affine: AffineMap, scalar: bool, metric: Metric) -> UnitMoments:
+def first_affine_units(
+    law: GaussianLaw, affine: AffineMap, scalar: bool, metric: Metric
+) -> UnitMoments:
     """Moments behind the first affine map.
 
     The default form reads the variances off the full covariance of the law, exactly; the scalar form reduces it to its
@@ -94,9 +96,7 @@ def affine_units(
     return UnitMoments(affine.apply(moments.mean), variance)
 
 
-def activate_units(
-    moments: UnitMoments, groups: tuple[UnitGroup, ...]
-) -> tuple[UnitMoments, int]:
+def activate_units(moments: UnitMoments, groups: tuple[UnitGroup, ...]) -> tuple[UnitMoments, int]:
     """Exact mean and variance of the activation of each Gaussian unit.
 
     Parameters

@@ -351,7 +351,11 @@ class OutputLaw:
         lines = [f"OutputLaw of {shape} outputs by {self.method} ({self.cost})"]
         if self.mean.dim() == 1:
             lines.append("  output        mean ± s.e.          std")
-            errors = torch.full_like(self.mean, torch.nan) if self.standard_error is None else self.standard_error
+            errors = (
+                torch.full_like(self.mean, torch.nan)
+                if self.standard_error is None
+                else self.standard_error
+            )
             deviations = self.variance.clamp(min=0).sqrt()
             rows = zip(self.mean.tolist(), errors.tolist(), deviations.tolist(), strict=True)
             for index, (mean, error, deviation) in enumerate(rows):

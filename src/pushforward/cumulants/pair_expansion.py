@@ -87,15 +87,17 @@ class PairBlock:
         a, b = self.table[p - 1], self.table[q - 1]
         value: Tensor | None = None
         for k in range(self.series, 0, -1):
-            term = self._outer((a[k] / math.factorial(k), b[k]))
-            value = self.rho * (term if value is None else value + term)
+            left = a[k] if k == 1 else a[k] * (1 / math.factorial(k))
+            column, row = left[..., self.rows, None], b[k][..., None, :]
+            term = column * row if value is None else torch.addcmul(value, column, row)
+            value = self.rho * term
         assert value is not None
         if self.third is not None and self.third_transposed is not None:
             value = torch.addcmul(value, self.third, self._outer((a[2] / 2, b[1])))
             value = torch.addcmul(value, self.third_transposed, self._outer((a[1] / 2, b[2])))
         if self.metric is None or self.scale is None:
             return value
-        plain: list[tuple[Tensor, Tensor]] = []
+        plain = []
         if self.core is not None:
             linear = self._outer((a[2] * self.core / 3, b[1]), (a[1], b[2] * self.core / 3))
             value = torch.addcmul(value, self.metric, linear)
@@ -112,12 +114,12 @@ class PairBlock:
 
     def _outer(self, *factors: tuple[Tensor, Tensor]) -> Tensor:
         """Sum of products ``left_i right_j`` over the rows of the block."""
-        if len(factors) == 1:
-            left, right = factors[0]
-            return left[..., self.rows, None] * right[..., None, :]
-        left = torch.stack([left[..., self.rows] for left, _ in factors], dim=-1)
-        right = torch.stack([right for _, right in factors], dim=-2)
-        return left @ right
+        total: Tensor | None = None
+        for left, right in factors:
+            column, row = left[..., self.rows, None], right[..., None, :]
+            total = column * row if total is None else torch.addcmul(total, column, row)
+        assert total is not None
+        return total
 
 
 def pair_blocks(

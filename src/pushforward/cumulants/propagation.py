@@ -308,9 +308,11 @@ def _closure(order: int, augmented: bool) -> Closure:
 
 def _cost(graph: NetworkGraph, closure: Closure, result: _Pass, law: GaussianLaw) -> float:
     strong = sum(report.strong_pairs for report in result.reports)
-    return propagation_flops(graph, closure) * law.mean.shape[0] + propagation_flops(
-        graph, closure, strong
-    ) - propagation_flops(graph, closure)
+    return (
+        propagation_flops(graph, closure) * law.mean.shape[0]
+        + propagation_flops(graph, closure, strong)
+        - propagation_flops(graph, closure)
+    )
 
 
 def _unit_cost(graph: NetworkGraph, law: GaussianLaw) -> float:
@@ -438,13 +440,17 @@ def _check_pairs(main: _Pass, settings: _Settings) -> list[Check]:
 def _check_covariance(main: _Pass) -> Check:
     covariance = main.moments.covariance
     assert covariance is not None
-    values = torch.linalg.eigvalsh(covariance.detach())
-    smallest, largest = float(values.min()), float(values.abs().max())
-    if smallest < -1e-9 * max(largest, 1e-300):
+    # A Cholesky factorisation decides; the eigenvalues, ten times dearer, are for the message.
+    matrix = covariance.detach()
+    rounding = 1e-9 * matrix.diagonal(dim1=-2, dim2=-1).abs().amax().clamp(min=1e-300)
+    shifted = matrix + rounding * torch.eye(matrix.shape[-1]).to(matrix)
+    if bool(torch.linalg.cholesky_ex(shifted).info.any()):
+        values = torch.linalg.eigvalsh(matrix)
         return Check(
             "covariance-psd",
             "warn",
-            f"the output covariance has an eigenvalue {smallest:.2g} (largest {largest:.2g}).",
+            f"the output covariance has an eigenvalue {float(values.min()):.2g} (largest "
+            f"{float(values.max()):.2g}).",
             "Some linear functional has a negative variance; project on the ones you need and check.",
         )
     return Check("covariance-psd", "pass", "the output covariance is positive semi-definite.")
@@ -505,7 +511,9 @@ def _prepare_law(graph: NetworkGraph, law: GaussianLaw) -> GaussianLaw:
             advice="Move one of them; GaussianLaw.from_data takes device=.",
         )
     mean = law.mean.to(torch.float64)
-    prepared = object.__new__(GaussianLaw)  # already validated: only the dtype and a batch axis change
+    prepared = object.__new__(
+        GaussianLaw
+    )  # already validated: only the dtype and a batch axis change
     for name, value in (
         ("mean", mean if mean.dim() == 2 else mean[None]),
         ("covariance", law.covariance.to(torch.float64)),
@@ -546,5 +554,3 @@ def _keep(
 
 def _squeeze_moments(moments: Moments) -> Moments:
     return Moments(*(None if x is None else x.squeeze(0) for x in moments))
-
-

@@ -463,9 +463,7 @@ class Radius:
         outer = mean[..., :, None] * mean[..., None, :]
         return CumulantTower(mean, tower.covariance - (1 - a1**2) * outer)
 
-    def restore(
-        self, tower: CumulantTower
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def restore(self, tower: CumulantTower) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """From the tower of ``f(Y)`` to mean, covariance and marginal cumulants of ``f(X)``.
 
         Parameters

@@ -175,7 +175,10 @@ class PiecewisePolynomial(Activation):
     def positively_homogeneous(self) -> bool:
         """Whether every piece is linear through the origin and zero is the only breakpoint."""
         linear = all(
-            coefficient == 0 for piece in self.pieces for i, coefficient in enumerate(piece) if i != 1
+            coefficient == 0
+            for piece in self.pieces
+            for i, coefficient in enumerate(piece)
+            if i != 1
         )
         return linear and self.breakpoints in {(), (0.0,)}
 
@@ -191,7 +194,9 @@ class PiecewisePolynomial(Activation):
                 for order in range(self.degree + 1)
             ]
             scale = 1e-12 * (1 + max(abs(jump) for jump in jumps))
-            orders.append(next((i for i, jump in enumerate(jumps) if abs(jump) > scale), len(jumps)))
+            orders.append(
+                next((i for i, jump in enumerate(jumps) if abs(jump) > scale), len(jumps))
+            )
         return tuple(orders)
 
     def __call__(self, z: Float[Tensor, "*units"]) -> Float[Tensor, "*units"]:
@@ -288,8 +293,7 @@ class PiecewisePolynomial(Activation):
         for power in range(1, max_power + 1):
             if power > 1:
                 powers = [
-                    _multiply(current, piece)
-                    for current, piece in zip(powers, pieces, strict=True)
+                    _multiply(current, piece) for current, piece in zip(powers, pieces, strict=True)
                 ]
             jumps = self._jump_heights(breakpoints, powers, max_degree)
             row = []
@@ -297,7 +301,10 @@ class PiecewisePolynomial(Activation):
                 total = torch.zeros_like(mean)
                 for piece, moments in zip(powers, intervals, strict=True):
                     for order in range(degree, len(piece)):
-                        total = total + math.perm(order, degree) * piece[order] * moments[order - degree]
+                        total = (
+                            total
+                            + math.perm(order, degree) * piece[order] * moments[order - degree]
+                        )
                 for heights, hermite, density in zip(jumps, polynomials, densities, strict=True):
                     for order, height in enumerate(heights[:degree]):
                         if height is not None:
@@ -421,13 +428,16 @@ class SmoothActivation(Activation):
         return HermiteTable(self(mean), values.reshape(*values.shape[:2], *mean.shape))
 
     @torch.no_grad()
-    def _converged_panels(
-        self, mean: Tensor, std: Tensor, max_power: int, max_degree: int
-    ) -> int:
+    def _converged_panels(self, mean: Tensor, std: Tensor, max_power: int, max_degree: int) -> int:
         # The widest units vary fastest in x, the ones nearest a breakpoint have the shortest panels:
         # a sample of the units that holds the widest decides for all.
         chosen = torch.unique(
-            torch.cat([std.topk(min(16, len(std))).indices, torch.arange(0, len(std), max(1, len(std) // 48), device=std.device)])
+            torch.cat(
+                [
+                    std.topk(min(16, len(std))).indices,
+                    torch.arange(0, len(std), max(1, len(std) // 48), device=std.device),
+                ]
+            )
         )
         mean, std = mean[chosen], std[chosen]
         panels = 8
@@ -436,12 +446,16 @@ class SmoothActivation(Activation):
             panels *= 2
             fine = self._integrate(mean, std, max_power, max_degree, panels)
             # E[He_k^2] = k!, so Cauchy-Schwarz bounds row p by the norm of psi^p times sqrt(k!).
-            factorials = fine.new_tensor([math.sqrt(math.factorial(k)) for k in range(max_degree + 1)])
+            factorials = fine.new_tensor(
+                [math.sqrt(math.factorial(k)) for k in range(max_degree + 1)]
+            )
             norm = (fine / factorials[:, None]).abs().amax(dim=1, keepdim=True)
             scale = norm * factorials[:, None] + torch.finfo(fine.dtype).tiny
             # Rounding of phi(m + s x) - phi(m) limits what a unit of tiny spread can reach.
             rounding = 256 * torch.finfo(fine.dtype).eps * (mean.abs() + self(mean).abs())
-            tolerance = _QUADRATURE_TOLERANCE + rounding / (norm[0, 0] + torch.finfo(fine.dtype).tiny)
+            tolerance = _QUADRATURE_TOLERANCE + rounding / (
+                norm[0, 0] + torch.finfo(fine.dtype).tiny
+            )
             error = ((fine - coarse) / scale).abs()
             if not torch.isfinite(error).all():
                 break

@@ -76,9 +76,7 @@ def hermite_functions(x: Float[Tensor, "*n"], max_degree: int) -> list[Tensor]:
     density = normal_density(x)
     values = [density, x * density]
     for degree in range(1, max_degree):
-        values.append(
-            (x * values[-1] - math.sqrt(degree) * values[-2]) / math.sqrt(degree + 1)
-        )
+        values.append((x * values[-1] - math.sqrt(degree) * values[-2]) / math.sqrt(degree + 1))
     return values[: max_degree + 1]
 
 

@@ -207,7 +207,9 @@ def _gelu(approximate: str = "none") -> Activation:
 
 def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:  # noqa: ARG001
     # torch switches to the identity above the threshold; the difference there is below exp(-20).
-    return SmoothActivation("softplus", lambda z: functional.softplus(z * beta, threshold=40) / beta)
+    return SmoothActivation(
+        "softplus", lambda z: functional.softplus(z * beta, threshold=40) / beta
+    )
 
 
 def _smooth(name: str, function: Callable[[Tensor], Tensor], *breakpoints: float) -> CallRule:

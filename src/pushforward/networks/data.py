@@ -38,7 +38,7 @@ class DataStream:
     [torch.Size([3, 2])]
     """
 
-    source: DataSource | np.ndarray[Any, Any]
+    source: DataSource | np.ndarray[Any, np.dtype[Any]]
     name: str = "data"
 
     def inputs(self) -> Iterator[Tensor]:
@@ -89,7 +89,9 @@ class DataStream:
             raise DataError("no examples", where=self.name, advice="Give at least two examples.")
 
     def _batches(self) -> Iterator[Any]:
-        source = torch.from_numpy(self.source) if isinstance(self.source, np.ndarray) else self.source
+        source = (
+            torch.from_numpy(self.source) if isinstance(self.source, np.ndarray) else self.source
+        )
         if isinstance(source, Tensor):
             yield from source.split(_BATCH_SIZE)
             return

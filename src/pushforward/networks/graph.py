@@ -314,7 +314,9 @@ class _Reader:
                 )
             elif node.op == "get_attr":
                 constant = operator.attrgetter(str(node.target))(self.net)
-                values[node] = constant.to(torch.float64) if isinstance(constant, Tensor) else constant
+                values[node] = (
+                    constant.to(torch.float64) if isinstance(constant, Tensor) else constant
+                )
             elif node.op == "call_module":
                 values[node] = self.module(str(node.target), args, kwargs)
             elif node.op in {"call_function", "call_method"}:
@@ -356,8 +358,11 @@ class _Reader:
         if isinstance(module, _POOLINGS):
             return self.structured(path, type(module).__name__, module.forward, form)
         if isinstance(module, nn.Flatten):
-            shape = tuple(torch.empty(1, *form.shape, device="meta").flatten(
-                module.start_dim, module.end_dim).shape)
+            shape = tuple(
+                torch.empty(1, *form.shape, device="meta")
+                .flatten(module.start_dim, module.end_dim)
+                .shape
+            )
             return self.reshaped(path, "Flatten", form, shape, 1)
         if isinstance(module, nn.Unflatten):
             shape = tuple(module(torch.empty(1, *form.shape, device="meta")).shape)
@@ -377,13 +382,17 @@ class _Reader:
         if len(form.shape) == 1:
             linear: LinearMap = Dense(matrix)
         else:
-            linear = Structured(lambda x: x @ matrix.mT, form.shape, shape, _rows_flops(shape, matrix))
+            linear = Structured(
+                lambda x: x @ matrix.mT, form.shape, shape, _rows_flops(shape, matrix)
+            )
         offset = None if bias is None else bias.to(torch.float64)
         return self.mapped(path, form, linear, offset, shape)
 
     def convolution(self, path: str, module: Any, form: _Form) -> _Form:
         if module.padding_mode != "zeros":
-            raise self.unsupported(path, type(module).__name__, f"padding_mode={module.padding_mode!r}")
+            raise self.unsupported(
+                path, type(module).__name__, f"padding_mode={module.padding_mode!r}"
+            )
         weight = module.weight.to(torch.float64)
         convolve = _CONVOLUTIONS[type(module)]
 
@@ -441,7 +450,9 @@ class _Reader:
         if target in {getattr, "size", "dim"}:
             return _shape_query(target, args)
         first, rest = args[0] if args else None, args[1:]
-        if isinstance(first, _Form) and not any(isinstance(a, _Form) for a in _leaves((rest, kwargs))):
+        if isinstance(first, _Form) and not any(
+            isinstance(a, _Form) for a in _leaves((rest, kwargs))
+        ):
             activation = activation_of_call(target, rest, kwargs)
             if activation is not None:
                 return self.activate(name, activation, first)
@@ -450,7 +461,9 @@ class _Reader:
                 training = kwargs.get("training", rest[1] if len(rest) > 1 else True)
                 if training and probability > 0:
                     raise NetworkError(
-                        "dropout is active", where=f"{label} ({name})", advice="Call net.eval() first."
+                        "dropout is active",
+                        where=f"{label} ({name})",
+                        advice="Call net.eval() first.",
                     )
                 return first
             if target in {functional.linear} and isinstance(rest[0] if rest else None, Tensor):
@@ -477,7 +490,11 @@ class _Reader:
     ) -> Any:
         """Arithmetic on sizes and constants, which does not touch the input."""
         try:
-            return getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
+            return (
+                getattr(args[0], target)(*args[1:], **kwargs)
+                if isinstance(target, str)
+                else target(*args, **kwargs)
+            )
         except Exception as error:
             raise self.unsupported(name, label, f"{type(error).__name__}: {error}") from error
 
@@ -510,7 +527,11 @@ class _Reader:
         # Sizes read off the traced graph are those of a batch of two, so -1 and x.size(0) both work.
         shadow = torch.empty(2, *form.shape, device="meta")
         try:
-            call = getattr(shadow, target) if isinstance(target, str) else lambda *a, **k: target(shadow, *a, **k)
+            call = (
+                getattr(shadow, target)
+                if isinstance(target, str)
+                else lambda *a, **k: target(shadow, *a, **k)
+            )
             shape = tuple(call(*rest, **kwargs).shape)
         except RuntimeError as error:
             raise ShapeError(
@@ -535,15 +556,18 @@ class _Reader:
         return _Form(maps, torch.zeros_like(form.bias), form.shape, name)
 
     def mapped(
-        self, name: str, form: _Form, linear: LinearMap, offset: Tensor | None, shape: tuple[int, ...]
+        self,
+        name: str,
+        form: _Form,
+        linear: LinearMap,
+        offset: Tensor | None,
+        shape: tuple[int, ...],
     ) -> _Form:
         maps = {atom: compose(linear, inner) for atom, inner in form.maps.items()}
         bias = linear.apply(form.bias)
         return _Form(maps, bias if offset is None else bias + offset, shape, name)
 
-    def scaled(
-        self, name: str, form: _Form, factor: Tensor, offset: Tensor | None = None
-    ) -> _Form:
+    def scaled(self, name: str, form: _Form, factor: Tensor, offset: Tensor | None = None) -> _Form:
         def scale(linear: LinearMap) -> LinearMap:
             if isinstance(linear, Dense):
                 return Dense(linear.matrix * (factor[:, None] if factor.dim() else factor))
@@ -649,7 +673,12 @@ def _lower(
         new = [i for i, atom in enumerate(atoms) if atom.level == level and last_use[i] > level]
         kept = [i for i, atom in enumerate(atoms) if atom.level < level and last_use[i] > level]
         forms = [atoms[i].form for i in new] + [
-            _Form({i: Identity(atoms[i].size)}, torch.zeros(atoms[i].size, dtype=torch.float64, device=device), (), "")
+            _Form(
+                {i: Identity(atoms[i].size)},
+                torch.zeros(atoms[i].size, dtype=torch.float64, device=device),
+                (),
+                "",
+            )
             for i in kept
         ]
         groups, position, next_layout = [], 0, {}
@@ -660,7 +689,9 @@ def _lower(
             activation = atoms[i].activation if fresh else identity()
             assert activation is not None
             groups.append(
-                UnitGroup(atoms[i].name if fresh else "", form.name if fresh else "", activation, units)
+                UnitGroup(
+                    atoms[i].name if fresh else "", form.name if fresh else "", activation, units
+                )
             )
             next_layout[i] = units
             position = units.stop
@@ -684,7 +715,9 @@ def _joint(forms: list[Any], layout: dict[int, slice]) -> AffineMap:
 
 
 def _common_dtype_and_device(net: nn.Module) -> tuple[torch.dtype, torch.device]:
-    tensors = {n: t for n, t in [*net.named_parameters(), *net.named_buffers()] if t.is_floating_point()}
+    tensors = {
+        n: t for n, t in [*net.named_parameters(), *net.named_buffers()] if t.is_floating_point()
+    }
     devices = {t.device for t in tensors.values()}
     if len(devices) > 1:
         raise NetworkError(

@@ -126,6 +126,9 @@ class Dense(LinearMap):
         Tensor
             ``rows @ matrix.T``.
         """
+        if rows.dim() == 3 and rows.shape[0] == 1:
+            # One matrix product instead of a batched one, whatever the memory layout of the rows.
+            return (rows[0] @ self.matrix.mT)[None]
         return rows @ self.matrix.mT
 
     def dense(self, like: Tensor) -> Float[Tensor, "d_out d_in"]:  # noqa: ARG002 - one signature

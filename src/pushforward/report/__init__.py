@@ -1,0 +1,1 @@
+"""One HTML page that answers the questions of the library for one network."""
