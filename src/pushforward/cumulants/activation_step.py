@@ -1,22 +1,24 @@
 """One layer of activations: the tower of ``phi(Z)`` from the tower of ``Z`` (orders 2 and 3).
 
-The expansion is about independent Gaussians with the exact mean and variance of each unit; covariances between units and
-all higher cumulants enter as perturbations, kept up to the order of the method (arXiv 2605.05179; equations of sections 2.7
-and 2.8 of its restatement in `docs/method.md`). Everything is written for the standardised unit ``x = (Z - m) / s``, so
-that ``rho = C_ij / (s_i s_j)``, ``B_ij = kappa_iij / (s_i^2 s_j)``, ``Q_ij = kappa_iijj / (s_i^2 s_j^2)`` and Hermite
-coefficients ``A[p, k]`` of ``(phi - phi(m))^p`` are all of order one.
+The expansion is about independent Gaussians with the exact mean and variance of each unit;
+covariances between units and all higher cumulants enter as perturbations, kept up to the order of
+the method (arXiv 2605.05179; equations of sections 2.7 and 2.8 of its restatement in
+`docs/method.md`). Everything is written for the standardised unit ``x = (Z - m) / s``, so that
+``rho = C_ij / (s_i s_j)``, ``B_ij = kappa_iij / (s_i^2 s_j)``, ``Q_ij = kappa_iijj / (s_i^2
+s_j^2)`` and Hermite coefficients ``A[p, k]`` of ``(phi - phi(m))^p`` are all of order one.
 
-Power cumulants ``P_p = kappa[psi_i^p]`` and ``P_pq = kappa[psi_i^p, psi_j^q]``, ``psi = phi(Z) - phi(m)``:
+Power cumulants ``P_p = kappa[psi_i^p]`` and ``P_pq = kappa[psi_i^p, psi_j^q]``, ``psi = phi(Z) -
+phi(m)``:
 
-    P_p  = A[p,0] + k3 A[p,3] / 6 + k4 A[p,4] / 24
-    P_pq = G_pq + B_ij A[p,2]_i A[q,1]_j / 2 + B_ji A[p,1]_i A[q,2]_j / 2 + Q_ij A[p,2]_i A[q,2]_j / 4
+    P_p  = A[p,0] + k3 A[p,3] / 6 + k4 A[p,4] / 24 P_pq = G_pq + B_ij A[p,2]_i A[q,1]_j / 2 + B_ji
+    A[p,1]_i A[q,2]_j / 2 + Q_ij A[p,2]_i A[q,2]_j / 4
 
-with ``G_pq`` the covariance for Gaussian units, as a series in ``rho`` for weakly and exactly for strongly correlated pairs.
-Cumulants follow from power cumulants: ``K_21 = P_21 - 2 P_1 P_11`` and so on (section 2.5).
+with ``G_pq`` the covariance for Gaussian units, as a series in ``rho`` for weakly and exactly for
+strongly correlated pairs. Cumulants follow from power cumulants: ``K_21 = P_21 - 2 P_1 P_11`` and
+so on (section 2.5).
 """
 
 from __future__ import annotations
-
 
 import math
 from collections.abc import Iterable
@@ -40,12 +42,13 @@ from pushforward.networks.graph import UnitGroup
 __all__ = ["Closure", "StepReport", "activate", "hermite_tables", "positive_std"]
 
 Closure = Literal["covariance", "radial", "full"]
-"""What is tracked beyond the covariance: nothing (order 2), the radial parts of the third and fourth cumulant (order 2
-augmented), or the full third and the radial fourth cumulant (order 3)."""
+"""What is tracked beyond the covariance: nothing (order 2), the radial parts of the third and
+fourth cumulant (order 2 augmented), or the full third and the radial fourth cumulant (order 3)."""
 
-# In front of the first activation the units are exactly Gaussian, and all pairs are treated exactly: strong ones by the kernel,
-# weak ones by the series, cut where the next power of the largest correlation is below this (its coefficients, a share of
-# the variance that the first terms leave over, make the error some hundred times smaller still).
+# In front of the first activation the units are exactly Gaussian, and all pairs are treated
+# exactly: strong ones by the kernel, weak ones by the series, cut where the next power of the
+# largest correlation is below this (its coefficients, a share of the variance that the first terms
+# leave over, make the error some hundred times smaller still).
 _SERIES_TOLERANCE = 1e-3
 _LEAST_RELATIVE_VARIANCE = 1e-20
 
@@ -63,7 +66,8 @@ class StepReport:
     pairs
         All pairs of units.
     truncation
-        Largest bound on a covariance error of the exact kernel, relative to the standard deviations.
+        Largest bound on a covariance error of the exact kernel, relative to the standard
+        deviations.
     """
 
     negative_variances: int
@@ -221,9 +225,9 @@ def _unit_powers(tower: CumulantTower, table: Tensor, inverse: Tensor) -> Tensor
 class _PairSums:
     """What the tower needs of the pair cumulants, gathered from blocks of rows.
 
-    The covariance is ``K_11 = P_11``. Of ``K_21 = P_21 - 2 P_1i P_11`` the column sums suffice for a radial third cumulant, of
-    ``K_22`` its sum over all pairs, in which ``P_21`` and its transpose count alike:
-    ``sum K_22 = sum (P_22 - 4 P_1j P_21 + 4 P_1i P_1j P_11 - 2 P_11^2)``.
+    The covariance is ``K_11 = P_11``. Of ``K_21 = P_21 - 2 P_1i P_11`` the column sums suffice for
+    a radial third cumulant, of ``K_22`` its sum over all pairs, in which ``P_21`` and its
+    transpose count alike: ``sum K_22 = sum (P_22 - 4 P_1j P_21 + 4 P_1i P_1j P_11 - 2 P_11^2)``.
     """
 
     def __init__(self, p1: Tensor, strong: StrongPairs | None, *, keep_pairs: bool) -> None:
@@ -306,11 +310,9 @@ class _PairSums:
 def _full_third(
     tower: CumulantTower, table: Tensor, inverse: Tensor, k3: Tensor, k21: Tensor
 ) -> FactoredThird:
-    """Third cumulant of the activations: scaled old sources and one new (section 2.9).
-
-    The new source holds the covariance paths ``w1_i C_ir w2_r C_jr w1_j`` and, in its `rest`, what the factors miss on
-    slices with repeated indices, so that those slices are exact.
-    """
+    """Third cumulant of the activations: scaled old sources and one new (section 2.9)."""
+    # The new source holds the covariance paths w1_i C_ir w2_r C_jr w1_j and, in its rest, what the
+    # factors miss on slices with repeated indices, so that those slices are exact.
     slope = table[0, 1] * inverse
     old = tower.third.sources if isinstance(tower.third, FactoredThird) else ()
     sources = tuple(source.scaled(slope) for source in old)

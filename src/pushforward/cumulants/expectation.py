@@ -32,10 +32,11 @@ def expect(
 ) -> Estimate:
     """Expected output of a network, with a standard error of at most `tolerance`.
 
-    Orders 2 and 3 of cumulant propagation are computed first. Order 3 answers when its error bar is small enough; it is
-    an upper estimate, being the difference to the order below. Otherwise samples are added in orthogonal frames, and both
-    are averaged with the inverse of their squared errors as weights: the samples are unbiased, the propagation has
-    the smaller error at first, and the average is never worse than either by their own error bars.
+    Orders 2 and 3 of cumulant propagation are computed first. Order 3 answers when its error bar
+    is small enough; it is an upper estimate, being the difference to the order below. Otherwise
+    samples are added in orthogonal frames, and both are averaged with the inverse of their squared
+    errors as weights: the samples are unbiased, the propagation has the smaller error at first,
+    and the average is never worse than either by their own error bars.
 
     Parameters
     ----------
@@ -117,8 +118,9 @@ def expect(
 
 
 def _samples_needed(law: OutputLaw, error: Tensor, goal: Tensor) -> int:
-    """Samples after which the weighted average meets the goal, frames at half the variance of plain samples."""
-    # 1 / goal^2 = 1 / error^2 + N / (variance / 2); a propagation that broke down counts for nothing.
+    """Samples until the weighted average meets the goal, if frames halve the variance."""
+    # 1 / goal^2 = 1 / error^2 + N / (variance / 2); a propagation that broke down counts for
+    # nothing.
     precision = 1 / goal.square()
     if law.status != "fail":
         precision = precision - 1 / error.square().clamp(min=1e-300)

@@ -1,8 +1,8 @@
 """Floating-point operations of a propagation, counted from the graph.
 
-Matrix products count ``2 m n k``; a product with a symmetric matrix is charged in full, because it is computed in full.
-Elementwise work on pairs of units counts the operations of the expansion that is evaluated; work on single units is charged
-at a flat rate, which hardly matters.
+Matrix products count ``2 m n k``; a product with a symmetric matrix is charged in full, because it
+is computed in full. Elementwise work on pairs of units counts the operations of the expansion that
+is evaluated; work on single units is charged at a flat rate, which hardly matters.
 """
 
 from __future__ import annotations

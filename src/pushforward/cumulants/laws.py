@@ -30,11 +30,11 @@ class GaussianLaw:
     mean
         ``(d,)``, or ``(B, d)`` for a batch of laws that are propagated together.
     covariance
-        ``()`` isotropic, ``(d,)`` diagonal or ``(d, d)`` full, shared by the batch; ``(B, d, d)`` one for each law. A plain
-        number is isotropic.
+        ``()`` isotropic, ``(d,)`` diagonal or ``(d, d)`` full, shared by the batch; ``(B, d, d)``
+        one for each law. A plain number is isotropic.
     event_shape
-        Shape in which the network takes one example, with ``d`` entries: ``(1, 28, 28)`` for an image. Default
-        ``(d,)``.
+        Shape in which the network takes one example, with ``d`` entries: ``(1, 28, 28)`` for an
+        image. Default ``(d,)``.
 
     Raises
     ------
@@ -131,7 +131,8 @@ class GaussianLaw:
         Parameters
         ----------
         source
-            Tensor or array ``(N, ...)``, or an iterable of batches such as a DataLoader; targets are ignored.
+            Tensor or array ``(N, ...)``, or an iterable of batches such as a DataLoader; targets
+            are ignored.
         covariance
             What to keep: ``"full"`` (``d^2`` numbers), ``"diagonal"`` or ``"isotropic"``.
         device
@@ -155,7 +156,8 @@ class GaussianLaw:
                 where="GaussianLaw.from_data",
                 advice=f"Use one of {', '.join(map(repr, get_args(CovarianceKind)))}.",
             )
-        count, shape = 0, ()
+        count = 0
+        shape: tuple[int, ...] = ()
         mean = scatter = torch.zeros(())
         for batch in DataStream(source).inputs():
             x = batch.to(torch.float64) if device is None else batch.to(device, torch.float64)
@@ -301,7 +303,7 @@ def _check_covariance(covariance: Tensor) -> None:
         raise LawError(
             f"not symmetric: entries differ by up to {asymmetry:.3g}",
             where=where,
-            advice="Use (C + C.T) / 2 if the difference is rounding; otherwise it is no covariance.",
+            advice="Use (C + C.T) / 2 if this is rounding; otherwise it is no covariance.",
         )
     matrix = covariance.to(torch.float64)
     shifted = matrix + max(rounding, 1e-300) * torch.eye(matrix.shape[-1]).to(matrix)
@@ -311,6 +313,6 @@ def _check_covariance(covariance: Tensor) -> None:
             raise LawError(
                 f"not positive semi-definite: smallest eigenvalue {smallest:.3g}",
                 where=where,
-                advice="Estimate it from more examples than features, use covariance='diagonal', or "
-                "clip its negative eigenvalues.",
+                advice="Estimate it from more examples than features, use "
+                "covariance='diagonal', or clip its negative eigenvalues.",
             )

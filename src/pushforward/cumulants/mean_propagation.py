@@ -1,8 +1,9 @@
 """Order 1: means and independent variances, at the cost of one forward pass or two.
 
-Two forms. The default keeps one variance for each unit, ``var <- (A o A) v``. The scalar form of arXiv 2605.05179 keeps
-their average ``tau`` alone, ``var_i = tau sum_j A_ij^2`` (section 2.6 of its restatement in `docs/method.md`); it costs
-the same and is a little worse, and is kept for comparison.
+Two forms. The default keeps one variance for each unit, ``var <- (A o A) v``. The scalar form of
+arXiv 2605.05179 keeps their average ``tau`` alone, ``var_i = tau sum_j A_ij^2`` (section 2.6 of
+its restatement in `docs/method.md`); it costs the same and is a little worse, and is kept for
+comparison.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def first_affine_units(
 ) -> UnitMoments:
     """Moments behind the first affine map.
 
-    The default form reads the variances off the full covariance of the law, exactly; the scalar form reduces it to its
-    average variance, as published.
+    The default form reads the variances off the full covariance of the law, exactly; the scalar
+    form reduces it to its average variance, as published.
 
     Parameters
     ----------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -47,7 +48,25 @@ class Moments(NamedTuple):
         Moments
             Converted.
         """
-        return Moments(*(None if x is None else x.to(dtype) for x in self))
+        return self.map(lambda x: x.to(dtype))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Moments:
+        """The same with a function applied to every tensor.
+
+        Parameters
+        ----------
+        function
+            From tensor to tensor.
+
+        Returns
+        -------
+        Moments
+            None stays None.
+        """
+        covariance, third, fourth = (
+            None if x is None else function(x) for x in (self.covariance, self.third, self.fourth)
+        )
+        return Moments(function(self.mean), function(self.variance), covariance, third, fourth)
 
 
 class ErrorBar(NamedTuple):
@@ -58,8 +77,8 @@ class ErrorBar(NamedTuple):
     difference
         Of the two means, ``(*batch, k)``.
     relative
-        Sum of squared differences over the sum of variances, ``(*batch)``: the mean squared error relative to the
-        variance, averaged over all outputs of the network.
+        Sum of squared differences over the sum of variances, ``(*batch)``: the mean squared error
+        relative to the variance, averaged over all outputs of the network.
     """
 
     difference: Tensor
@@ -79,10 +98,10 @@ class ErrorBar(NamedTuple):
         return cls(difference, difference.square().sum(-1) / total)
 
     def standard_error(self, variance: Tensor) -> Tensor:
-        """Half the squared difference of the output itself, half that of all outputs in units of their variance.
+        """Root of the mean of two squares: the output's own difference, and that of all outputs.
 
-        The average keeps the mean square calibrated and an output whose two estimates agree by accident from
-        getting an error bar of zero.
+        The second is in units of the variance. The average keeps the mean square calibrated and an
+        output whose two estimates agree by accident from getting an error bar of zero.
 
         Returns
         -------
@@ -215,16 +234,18 @@ class OutputLaw:
         Parameters
         ----------
         threshold
-            One number, or one for each output ``(k,)``; further leading dimensions give further rows.
+            One number, or one for each output ``(k,)``; further leading dimensions give further
+            rows.
         method
-            ``"saddlepoint"``, ``"edgeworth"`` or ``"gaussian"``. Without third and fourth cumulants (order 1, order 2 not
-            augmented) all three are the Gaussian tail.
+            ``"saddlepoint"``, ``"edgeworth"`` or ``"gaussian"``. Without third and fourth
+            cumulants (order 1, order 2 not augmented) all three are the Gaussian tail.
 
         Returns
         -------
         Tensor
-            Probabilities, differentiable. They carry no error bar: beyond a few standard deviations four cumulants
-            determine the order of magnitude at best, and rare events deserve a check by `monte_carlo`.
+            Probabilities, differentiable. They carry no error bar: beyond a few standard
+            deviations four cumulants determine the order of magnitude at best, and rare events
+            deserve a check by `monte_carlo`.
         """
         moments = self._moments()
         level = torch.as_tensor(threshold, dtype=torch.float64, device=self.mean.device)
@@ -272,7 +293,8 @@ class OutputLaw:
         Returns
         -------
         OutputLaw
-            With its own error bar, at no further propagation. At order 1 outputs count as independent.
+            With its own error bar, at no further propagation. At order 1 outputs count as
+            independent.
 
         Raises
         ------

@@ -2,11 +2,13 @@
 
 For standardised units the expansion of `activation_step` reads
 
-    P_pq = sum_k A[p,k]_i A[q,k]_j rho_ij^k / k!  +  A[p,2]_i A[q,1]_j B_ij / 2  +  A[p,1]_i A[q,2]_j B_ji / 2
+    P_pq = sum_k A[p,k]_i A[q,k]_j rho_ij^k / k!  +  A[p,2]_i A[q,1]_j B_ij / 2  +  A[p,1]_i
+    A[q,2]_j B_ji / 2
            + A[p,2]_i A[q,2]_j Q_ij / 4.
 
-Each term is a matrix times a product of two vectors. The matrices are worked through in blocks of rows that stay in the cache,
-and the few pairs that are strongly correlated are corrected afterwards, as a list, by the exact bivariate kernel.
+Each term is a matrix times a product of two vectors. The matrices are worked through in blocks of
+rows that stay in the cache, and the few pairs that are strongly correlated are corrected
+afterwards, as a list, by the exact bivariate kernel.
 """
 
 from __future__ import annotations
@@ -181,11 +183,13 @@ class StrongPairs:
     Parameters
     ----------
     index
-        Batch, row and column of each ordered pair, three tensors ``(pairs,)``; both orders are listed.
+        Batch, row and column of each ordered pair, three tensors ``(pairs,)``; both orders are
+        listed.
     corrections
         For ``(p, q)`` the correction of ``P_pq`` at each of them.
     truncation
-        Largest bound on the error of a corrected covariance, relative to the standard deviations of the activations.
+        Largest bound on the error of a corrected covariance, relative to the standard deviations
+        of the activations.
     """
 
     index: tuple[Tensor, Tensor, Tensor]

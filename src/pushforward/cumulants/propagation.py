@@ -1,8 +1,10 @@
-"""`propagate`: the law of the outputs of a network for a Gaussian law of its inputs, without sampling."""
+"""`propagate`: the law of the outputs of a network with Gaussian inputs, without sampling."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -70,43 +72,51 @@ def propagate(
 ) -> OutputLaw:
     """Law of the outputs of a network whose inputs are Gaussian, from its weights alone.
 
-    Cumulants are pushed through the network layer by layer (arXiv 2605.05179). The cost does not depend on how rare an
-    event is, and the error falls with the width ``n`` of the network like ``n^-order``.
+    Cumulants are pushed through the network layer by layer (arXiv 2605.05179). The cost does not
+    depend on how rare an event is, and the error falls with the width ``n`` of the network like
+    ``n^-order``.
 
     Parameters
     ----------
     net
-        A module that torch.fx can trace, in eval mode: Linear, convolution, pooling, BatchNorm, the usual
-        activations, residual additions and concatenations. A graph from `read_network` is accepted too.
+        A module that torch.fx can trace, in eval mode: Linear, convolution, pooling, BatchNorm,
+        the usual activations, residual additions and concatenations. A graph from `read_network`
+        is accepted too.
     law
         Of the inputs: one law or a batch.
     order
-        1: means and independent variances, ``O(n^2)`` a layer. 2: covariances, ``O(n^3)``. 3: the full third cumulant in
-        factored form, ``O(L n^3)`` a layer for ``L`` layers behind it.
+        1: means and independent variances, ``O(n^2)`` a layer. 2: covariances, ``O(n^3)``. 3: the
+        full third cumulant in factored form, ``O(L n^3)`` a layer for ``L`` layers behind it.
     augmented
-        For order 2, whether to track the radial parts of the third and fourth cumulant as well: three to four times the
-        cost, a fifth of the squared error on wide networks, and what tail probabilities need. None switches it on unless
-        depth over width is 1/8 or more, where it does harm.
+        For order 2, whether to track the radial parts of the third and fourth cumulant as well:
+        three to four times the cost, a fifth of the squared error on wide networks, and what tail
+        probabilities need. None switches it on unless depth over width is 1/8 or more, where it
+        does harm.
     metric
-        ``"average"`` replaces ``W W^T`` by its mean diagonal in the radial cumulants: cheaper and less accurate.
+        ``"average"`` replaces ``W W^T`` by its mean diagonal in the radial cumulants: cheaper and
+        less accurate.
     variance
         At order 1, one variance for each unit or, as published, one ``"scalar"`` for each layer.
     exact_above
-        Pairs of units correlated more strongly than this get an exact bivariate kernel, and the first layer, where units
-        are exactly Gaussian, is treated exactly throughout. None gives the published expansion.
+        Pairs of units correlated more strongly than this get an exact bivariate kernel, and the
+        first layer, where units are exactly Gaussian, is treated exactly throughout. None gives
+        the published expansion.
     angular
-        Propagate on the sphere and put the radius back exactly. None does so where it is exact: no biases, positively
-        homogeneous activations, an isotropic centred law, at least two hidden layers, order 2 or 3.
+        Propagate on the sphere and put the radius back exactly. None does so where it is exact: no
+        biases, positively homogeneous activations, an isotropic centred law, at least two hidden
+        layers, order 2 or 3.
     standard_error
-        Whether to run a second order for the error bar. Order 1 is compared with order 2; order 2 with order 3; order 3 with
-        order 2 augmented, which bounds its error from above rather than estimating it.
+        Whether to run a second order for the error bar. Order 1 is compared with order 2; order 2
+        with order 3; order 3 with order 2 augmented, which bounds its error from above rather than
+        estimating it.
     layers
         Whether to return the laws of all hidden layers.
 
     Returns
     -------
     OutputLaw
-        In the wider dtype of the network and the law, computed in float64. Differentiable in weights and law.
+        In the wider dtype of the network and the law, computed in float64. Differentiable in
+        weights and law.
 
     Raises
     ------
@@ -139,7 +149,7 @@ def propagate(
             where="propagate",
             advice="Only order 2 has an augmented form; order 3 goes beyond it.",
         )
-    try:
+    with _memory_errors(graph, inputs):
         if order == 1:
             main, flops = _run_units(graph, inputs, variance, metric), _unit_cost(graph, inputs)
         else:
@@ -150,19 +160,17 @@ def propagate(
         if standard_error:
             reference, name, extra = _reference(graph, inputs, order, augmented, settings)
             flops += extra
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        raise _out_of_memory(graph, inputs, error) from error
 
     bar = None
     if reference is not None:
         bar = ErrorBar.between(main.moments, reference.moments)
-    checks = _checks(graph, ratio, order, augmented, main, reference, name, bar, settings)
+    checks = _checks(graph, ratio, order, main, reference, name, bar, settings)
     dtype = torch.promote_types(graph.dtype, law.mean.dtype)
     single = not law.batch_shape
 
     def assemble(part: _Pass, error: ErrorBar | None) -> OutputLaw:
         result = OutputLaw.from_moments(
-            _squeeze_moments(part.moments) if single else part.moments,
+            part.moments.map(lambda x: x.squeeze(0)) if single else part.moments,
             order=order,
             augmented=augmented,
             dtype=dtype,
@@ -331,7 +339,6 @@ def _checks(
     graph: NetworkGraph,
     ratio: float,
     order: int,
-    augmented: bool,
     main: _Pass,
     reference: _Pass | None,
     name: str,
@@ -451,7 +458,7 @@ def _check_covariance(main: _Pass) -> Check:
             "warn",
             f"the output covariance has an eigenvalue {float(values.min()):.2g} (largest "
             f"{float(values.max()):.2g}).",
-            "Some linear functional has a negative variance; project on the ones you need and check.",
+            "Some linear functional has a negative variance: check the ones you need.",
         )
     return Check("covariance-psd", "pass", "the output covariance is positive semi-definite.")
 
@@ -523,19 +530,23 @@ def _prepare_law(graph: NetworkGraph, law: GaussianLaw) -> GaussianLaw:
     return prepared
 
 
-def _out_of_memory(graph: NetworkGraph, law: GaussianLaw, error: Exception) -> Exception:
-    text = str(error)
-    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in text:
-        return error
-    width = max([graph.input_features, *(s.affine.linear.out_features for s in graph.stages)])
-    size = 8 * law.mean.shape[0] * width**2 / 1e9
-    return ResourceError(
-        f"a covariance of {width} units for {law.mean.shape[0]} law(s) takes {size:.3g} GB, and "
-        "several are needed",
-        where="propagate",
-        advice="Use order=1, a smaller batch of laws, standard_error=False, or "
-        "pushforward.monte_carlo.",
-    )
+@contextmanager
+def _memory_errors(graph: NetworkGraph, law: GaussianLaw) -> Iterator[None]:
+    """Say what was too large when torch cannot allocate it."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        width = max([graph.input_features, *(s.affine.linear.out_features for s in graph.stages)])
+        size = 8 * law.mean.shape[0] * width**2 / 1e9
+        raise ResourceError(
+            f"a covariance of {width} units for {law.mean.shape[0]} law(s) takes {size:.3g} GB, "
+            "and several are needed",
+            where="propagate",
+            advice="Use order=1, a smaller batch of laws, standard_error=False, or "
+            "pushforward.monte_carlo.",
+        ) from error
 
 
 def _keep(
@@ -550,7 +561,3 @@ def _keep(
         if not group.carried:
             name = group.input_name if before else group.name
             kept[name] = (tower.select(group.units), radius)
-
-
-def _squeeze_moments(moments: Moments) -> Moments:
-    return Moments(*(None if x is None else x.squeeze(0) for x in moments))

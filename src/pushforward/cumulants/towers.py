@@ -1,12 +1,15 @@
 """Joint cumulants of a layer, as far as they are tracked, and what affine maps do to them.
 
-A tower holds the mean, the covariance and, where they are tracked, a third and a fourth cumulant in a compressed form:
+A tower holds the mean, the covariance and, where they are tracked, a third and a fourth cumulant
+in a compressed form:
 
-- the *radial* third cumulant ``Sym(v (x) M)`` with a vector core ``v``, or the full one as a sum of rank-one terms,
+- the *radial* third cumulant ``Sym(v (x) M)`` with a vector core ``v``, or the full one as a sum
+  of rank-one terms,
 - the *radial* fourth cumulant ``s Sym(M (x) M)`` with a scalar core ``s``,
 
-where ``M`` is the metric: the identity behind an activation, ``A A^T`` behind an affine map ``A``. Cumulants are multilinear,
-so affine maps act exactly. Sources: arXiv 2605.05179; notation of `docs/notation.md`.
+where ``M`` is the metric: the identity behind an activation, ``A A^T`` behind an affine map ``A``.
+Cumulants are multilinear, so affine maps act exactly. Sources: arXiv 2605.05179; notation of
+`docs/notation.md`.
 """
 
 from __future__ import annotations
@@ -83,9 +86,10 @@ class RadialThird:
 class Source:
     """What one activation layer contributes to the third cumulant, as rank-one terms.
 
-    ``Sym( sum_r  3 gain_r  edge_r (x) edge_r (x) leg_r  +  rest_r (x) leg_r (x) leg_r )``: the first sum are the
-    covariance paths centred at unit ``r`` of that layer, the second its slices with repeated indices. Both share the leg,
-    born as the identity, so a later layer transports three matrices and not six.
+    ``Sym( sum_r  3 gain_r  edge_r (x) edge_r (x) leg_r  +  rest_r (x) leg_r (x) leg_r )``: the
+    first sum are the covariance paths centred at unit ``r`` of that layer, the second its slices
+    with repeated indices. Both share the leg, born as the identity, so a later layer transports
+    three matrices and not six.
 
     Parameters
     ----------
@@ -108,7 +112,24 @@ class Source:
         Source
             With ``n`` the outputs of the map.
         """
-        return Source(*(linear.apply(f.mT).mT for f in (self.leg, self.edge, self.rest)), self.gain)
+        leg, edge, rest = (linear.apply(f.mT).mT for f in (self.leg, self.edge, self.rest))
+        return Source(leg, edge, rest, self.gain)
+
+    def select(self, units: slice) -> Source:
+        """Some of the units.
+
+        Parameters
+        ----------
+        units
+            Which.
+
+        Returns
+        -------
+        Source
+            With `n` of them, the same ranks.
+        """
+        leg, edge, rest = (f[..., units, :] for f in (self.leg, self.edge, self.rest))
+        return Source(leg, edge, rest, self.gain)
 
     def scaled(self, factor: Float[Tensor, "*batch n"]) -> Source:
         """Each factor with its rows multiplied.
@@ -244,7 +265,8 @@ class CumulantTower:
         affine
             The map.
         metric
-            ``"average"`` replaces ``A A^T`` by its mean diagonal times the identity (cheaper, a little worse).
+            ``"average"`` replaces ``A A^T`` by its mean diagonal times the identity (cheaper, a
+            little worse).
 
         Returns
         -------
@@ -289,7 +311,7 @@ class CumulantTower:
         return linear.apply(linear.apply(self.metric).mT)
 
     def expanded(self, batch: int) -> CumulantTower:
-        """With the leading dimension of every part equal to `batch`: laws may share a covariance at first.
+        """The same with a leading dimension `batch` in every part; laws share some at first.
 
         Parameters
         ----------
@@ -392,12 +414,7 @@ class CumulantTower:
         if isinstance(third, RadialThird):
             third = RadialThird(third.core[..., units])
         elif isinstance(third, FactoredThird):
-            third = FactoredThird(
-                tuple(
-                    Source(*(f[..., units, :] for f in (s.leg, s.edge, s.rest)), s.gain)
-                    for s in third.sources
-                )
-            )
+            third = FactoredThird(tuple(source.select(units) for source in third.sources))
         metric = self.metric if self.metric is None else self.metric[units, units]
         return CumulantTower(
             self.mean[..., units], self.covariance[..., units, units], third, self.fourth, metric
@@ -411,9 +428,10 @@ class CumulantTower:
 class Radius:
     """Moments of ``R / sqrt(d)``, the radius of ``N(0, I_d)`` against that of the sphere.
 
-    A network that is positively homogeneous sends ``X = (R / sqrt d) Y``, ``Y`` uniform on the sphere of radius
-    ``sqrt d`` and independent of ``R``, to ``(R / sqrt d) f(Y)``. Propagating ``Y`` removes the fluctuation of the
-    radius from the approximation; these moments put it back exactly.
+    A network that is positively homogeneous sends ``X = (R / sqrt d) Y``, ``Y`` uniform on the
+    sphere of radius ``sqrt d`` and independent of ``R``, to ``(R / sqrt d) f(Y)``. Propagating
+    ``Y`` removes the fluctuation of the radius from the approximation; these moments put it back
+    exactly.
 
     Parameters
     ----------

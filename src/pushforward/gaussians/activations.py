@@ -5,17 +5,18 @@ activation ``phi`` is the table
 
     A[p, k] = E[(phi(Z) - c)^p He_k(x)],      c = phi(m).
 
-With ``c = 0`` and divided by ``s^k`` these are the coefficients ``w_k^(p)`` of arXiv 2605.05179. The
-shift by ``c`` leaves every cumulant of order two and more unchanged and keeps it from being lost in
-the difference of large numbers when ``|m|`` is much greater than ``s``. The division by ``s^k`` is left out
-for the same reason: a table of order one comes out, however small ``s`` is.
+With ``c = 0`` and divided by ``s^k`` these are the coefficients ``w_k^(p)`` of arXiv 2605.05179.
+The shift by ``c`` leaves every cumulant of order two and more unchanged and keeps it from being
+lost in the difference of large numbers when ``|m|`` is much greater than ``s``. The division by
+``s^k`` is left out for the same reason: a table of order one comes out, however small ``s`` is.
 
-Two kinds cover the activations in use. `PiecewisePolynomial` is exact; `SmoothActivation` is integrated by an
-adaptive composite Gauss-Legendre rule.
+Two kinds cover the activations in use. `PiecewisePolynomial` is exact; `SmoothActivation` is
+integrated by an adaptive composite Gauss-Legendre rule.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -51,6 +52,10 @@ _FARTHEST_BREAKPOINT = 39.0
 _INTEGRATION_RANGE = 12.5
 _PANEL_NODES = 16
 _MAX_PANELS = 512
+# Activations bend within a few units of zero, or level off algebraically from there. On a wide
+# unit that is narrow in standard deviations, so panels are cut there as at a breakpoint.
+_WIDE_STD = 16.0
+_GRADED_EDGES = (0.0, *(sign * 8.0**power for power in range(1, 6) for sign in (-1, 1)))
 _QUADRATURE_TOLERANCE = 1e-11
 
 
@@ -77,8 +82,8 @@ class Jumps(NamedTuple):
     breakpoints
         ``(t - m) / s`` for each breakpoint, a list of tensors ``(*units)``.
     heights
-        For each breakpoint the jumps of the derivatives of order 0, 1, ... at it. A derivative that is
-        continuous there is None.
+        For each breakpoint the jumps of the derivatives of order 0, 1, ... at it. A derivative
+        that is continuous there is None.
     """
 
     breakpoints: list[Tensor]
@@ -156,9 +161,7 @@ class PiecewisePolynomial(Activation):
     pieces: tuple[tuple[float, ...], ...]
 
     def __post_init__(self) -> None:
-        increasing = all(
-            low < high for low, high in zip(self.breakpoints, self.breakpoints[1:], strict=False)
-        )
+        increasing = all(low < high for low, high in itertools.pairwise(self.breakpoints))
         if len(self.pieces) != len(self.breakpoints) + 1 or not all(self.pieces) or not increasing:
             raise OptionError(
                 f"{len(self.breakpoints)} breakpoints with {len(self.pieces)} pieces",
@@ -216,7 +219,7 @@ class PiecewisePolynomial(Activation):
     def standardised(
         self, mean: Tensor, std: Tensor
     ) -> tuple[Tensor, list[Tensor], list[list[Tensor]]]:
-        """The function in the coordinate ``x = (z - mean) / std``, shifted by its value at the mean.
+        """The function of ``x = (z - mean) / std``, shifted by its value at the mean.
 
         Parameters
         ----------
@@ -259,10 +262,10 @@ class PiecewisePolynomial(Activation):
         max_power: int,
         max_degree: int,
     ) -> HermiteTable:
-        """Closed form: ``E[F He_k] = E[F^(k)]``, the derivative taken in the sense of distributions.
+        """Closed form, from ``E[F He_k] = E[F^(k)]`` with the derivative of a distribution.
 
-        Between breakpoints ``F^(k)`` is a polynomial, integrated by partial moments; a jump ``d_j`` of the
-        j-th derivative at ``u`` adds ``d_j He_{k-1-j}(u) density(u)``.
+        Between breakpoints ``F^(k)`` is a polynomial, integrated by partial moments; a jump
+        ``d_j`` of the j-th derivative at ``u`` adds ``d_j He_{k-1-j}(u) density(u)``.
 
         Returns
         -------
@@ -271,7 +274,8 @@ class PiecewisePolynomial(Activation):
         """
         center, breakpoints, pieces = self.standardised(mean, std)
         highest = self.degree * max_power
-        # (breakpoint, moment): upper partial moments, from which the moments of each interval follow.
+        # (breakpoint, moment): upper partial moments, from which the moments of each interval
+        # follow.
         densities = [normal_density(u) for u in breakpoints]
         upper = [
             upper_moments(u, density, highest)
@@ -284,7 +288,7 @@ class PiecewisePolynomial(Activation):
         ends = [whole, *upper]
         intervals = [
             [low - high for low, high in zip(start, stop, strict=True)]
-            for start, stop in zip(ends, ends[1:], strict=False)
+            for start, stop in itertools.pairwise(ends)
         ] + [ends[-1]]
         polynomials = [hermite_polynomials(u, max_degree - 1) for u in breakpoints]
 
@@ -356,17 +360,19 @@ class PiecewisePolynomial(Activation):
 class SmoothActivation(Activation):
     """A function without a closed form; its coefficients come from adaptive quadrature.
 
-    The rule is composite Gauss-Legendre, 16 nodes a panel, on 12.5 standard deviations either side, cut at the
-    breakpoints of the function. Panels are doubled until all requested coefficients change by less than
-    1e-11 of their scale (or by the rounding of ``phi(Z) - phi(m)``, if that is more), and the finer rule is used.
+    The rule is composite Gauss-Legendre, 16 nodes a panel, on 12.5 standard deviations either
+    side, cut at the breakpoints of the function and, when a unit is spread by more than 16, at 0,
+    ±8, ±64 and so on. Panels are doubled until all requested coefficients change by less than
+    1e-11 of their scale (or by the rounding of ``phi(Z) - phi(m)``, if that is more), and the
+    finer rule is used.
 
     Parameters
     ----------
     name
         Shown in messages.
     function
-        Elementwise on float64 tensors, differentiable by autograd away from `breakpoints`; it should
-        not grow faster than a polynomial.
+        Elementwise on float64 tensors, differentiable by autograd away from `breakpoints`; it
+        should not grow faster than a polynomial.
     breakpoints
         Every point where the function or one of its derivatives jumps.
 
@@ -415,12 +421,13 @@ class SmoothActivation(Activation):
             grows too fast.
         """
         flat_mean, flat_std = mean.reshape(-1), std.reshape(-1)
-        panels = self._converged_panels(flat_mean, flat_std, max_power, max_degree)
-        nodes = (len(self.breakpoints) + 1) * panels * _PANEL_NODES
+        cuts = self._cuts(flat_mean, flat_std)
+        panels = self._converged_panels(flat_mean, flat_std, max_power, max_degree, cuts)
+        nodes = (len(cuts) + 1) * panels * _PANEL_NODES
         chunk = max(1, 32 * block_elements(mean.device) // nodes)
         values = torch.cat(
             [
-                self._integrate(m, s, max_power, max_degree, panels)
+                self._integrate(m, s, max_power, max_degree, panels, cuts)
                 for m, s in zip(flat_mean.split(chunk), flat_std.split(chunk), strict=True)
             ],
             dim=-1,
@@ -428,23 +435,31 @@ class SmoothActivation(Activation):
         return HermiteTable(self(mean), values.reshape(*values.shape[:2], *mean.shape))
 
     @torch.no_grad()
-    def _converged_panels(self, mean: Tensor, std: Tensor, max_power: int, max_degree: int) -> int:
-        # The widest units vary fastest in x, the ones nearest a breakpoint have the shortest panels:
-        # a sample of the units that holds the widest decides for all.
-        chosen = torch.unique(
-            torch.cat(
-                [
-                    std.topk(min(16, len(std))).indices,
-                    torch.arange(0, len(std), max(1, len(std) // 48), device=std.device),
-                ]
-            )
-        )
+    def _cuts(self, mean: Tensor, std: Tensor) -> tuple[float, ...]:
+        """Where panels end, in the units of the argument."""
+        if float(std.max()) <= _WIDE_STD:
+            return self.breakpoints
+        reach = float((mean.abs() + _INTEGRATION_RANGE * std).max())
+        graded = {edge for edge in _GRADED_EDGES if abs(edge) < reach}
+        return tuple(sorted(graded.union(self.breakpoints)))
+
+    @torch.no_grad()
+    def _converged_panels(
+        self, mean: Tensor, std: Tensor, max_power: int, max_degree: int, cuts: tuple[float, ...]
+    ) -> int:
+        # The widest units vary fastest in x, most of all those that straddle the bend near zero;
+        # the ones nearest a breakpoint have the shortest panels: a sample of the units that holds
+        # them all decides for the rest.
+        widest = min(16, len(std))
+        sample = torch.arange(0, len(std), max(1, len(std) // 48), device=std.device)
+        straddling = (std / (1 + mean.abs())).topk(widest).indices
+        chosen = torch.unique(torch.cat([std.topk(widest).indices, straddling, sample]))
         mean, std = mean[chosen], std[chosen]
         panels = 8
-        coarse = self._integrate(mean, std, max_power, max_degree, panels)
+        coarse = self._integrate(mean, std, max_power, max_degree, panels, cuts)
         while panels < _MAX_PANELS:
             panels *= 2
-            fine = self._integrate(mean, std, max_power, max_degree, panels)
+            fine = self._integrate(mean, std, max_power, max_degree, panels, cuts)
             # E[He_k^2] = k!, so Cauchy-Schwarz bounds row p by the norm of psi^p times sqrt(k!).
             factorials = fine.new_tensor(
                 [math.sqrt(math.factorial(k)) for k in range(max_degree + 1)]
@@ -452,7 +467,8 @@ class SmoothActivation(Activation):
             norm = (fine / factorials[:, None]).abs().amax(dim=1, keepdim=True)
             scale = norm * factorials[:, None] + torch.finfo(fine.dtype).tiny
             # Rounding of phi(m + s x) - phi(m) limits what a unit of tiny spread can reach.
-            rounding = 256 * torch.finfo(fine.dtype).eps * (mean.abs() + self(mean).abs())
+            size = mean.abs() + std + self(mean).abs()
+            rounding = 256 * torch.finfo(fine.dtype).eps * size
             tolerance = _QUADRATURE_TOLERANCE + rounding / (
                 norm[0, 0] + torch.finfo(fine.dtype).tiny
             )
@@ -470,22 +486,28 @@ class SmoothActivation(Activation):
         )
 
     def _integrate(
-        self, mean: Tensor, std: Tensor, max_power: int, max_degree: int, panels: int
+        self,
+        mean: Tensor,
+        std: Tensor,
+        max_power: int,
+        max_degree: int,
+        panels: int,
+        cuts: tuple[float, ...],
     ) -> Tensor:
         edges = [torch.full_like(mean, -_INTEGRATION_RANGE)]
-        for position in self.breakpoints:
+        for position in cuts:
             u = (position - mean) / std
             edges.append(u.clamp(-_INTEGRATION_RANGE, _INTEGRATION_RANGE))
         edges.append(torch.full_like(mean, _INTEGRATION_RANGE))
-        if not self.breakpoints:
-            # Without breakpoints all units share their nodes.
+        if not cuts:
+            # Without cuts all units share their nodes.
             edges = [edge[:1] for edge in edges]
         node, weight = gauss_legendre(_PANEL_NODES, like=mean)
         offsets = torch.arange(panels, dtype=mean.dtype, device=mean.device)
         unit_nodes = ((offsets[:, None] + (node + 1) / 2) / panels).reshape(-1)
         unit_weights = (weight / (2 * panels)).repeat(panels)
         xs, weights = [], []
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in itertools.pairwise(edges):
             width = (stop - start)[:, None]
             xs.append(start[:, None] + width * unit_nodes)
             weights.append(width * unit_weights)
@@ -500,7 +522,7 @@ class SmoothActivation(Activation):
         rows, power = [], torch.ones_like(psi)
         for _ in range(max_power):
             power = power * psi
-            if self.breakpoints:
+            if cuts:
                 rows.append(torch.einsum("nx,knx->kn", power, basis))
             else:
                 rows.append(basis[:, 0] @ power.mT)

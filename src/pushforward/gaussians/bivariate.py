@@ -8,10 +8,11 @@ Cut after ``K - 1`` terms, the exact remainder is Price's theorem applied ``K`` 
 
     int_0^rho (rho - r)^{K-1} / (K-1)! E_r[f^(K)(x) g^(K)(y)] dr.
 
-For piecewise polynomials of degree below ``K`` the K-th derivatives are delta functions at the breakpoints, the
-expectation is a derivative of the bivariate normal density, and one smooth integral over
-``theta = asin r`` remains: nothing is subtracted that was large. For smooth functions the series itself converges
-fast, and what is left of it is bounded by the variance that the coefficients miss.
+For piecewise polynomials of degree below ``K`` the K-th derivatives are delta functions at the
+breakpoints, the expectation is a derivative of the bivariate normal density, and one smooth
+integral over ``theta = asin r`` remains: nothing is subtracted that was large. For smooth
+functions the series itself converges fast, and what is left of it is bounded by the variance that
+the coefficients miss.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class PairCovariance(NamedTuple):
     value
         ``Cov(f(x)^p, g(y)^q)`` of each pair, shape ``(pairs,)``.
     truncation
-        Bound on the absolute error of each value from cutting the series; 0 where the kernel is exact
-        (quadrature error below 1e-9 for continuous functions, 1e-5 for steps).
+        Bound on the absolute error of each value from cutting the series; 0 where the kernel is
+        exact (quadrature error below 1e-9 for continuous functions, 1e-5 for steps).
     """
 
     value: Tensor
@@ -58,8 +59,8 @@ class PairCovariance(NamedTuple):
 
 
 def mehler_series(
-    first: Float[Tensor, "K *pairs"],
-    second: Float[Tensor, "K *pairs"],
+    first: Float[Tensor, K * pairs],
+    second: Float[Tensor, K * pairs],
     correlation: Float[Tensor, "*pairs"],
 ) -> Float[Tensor, "*pairs"]:
     """Sum of Mehler's series over the degrees 1 ... K that are given.
@@ -67,8 +68,8 @@ def mehler_series(
     Parameters
     ----------
     first, second
-        Hermite coefficients ``E[f He_k]`` and ``E[g He_k]`` for ``k = 1 ... K``; anything that broadcasts against
-        `correlation` behind the leading dimension.
+        Hermite coefficients ``E[f He_k]`` and ``E[g He_k]`` for ``k = 1 ... K``; anything that
+        broadcasts against `correlation` behind the leading dimension.
     correlation
         In [-1, 1].
 
@@ -99,8 +100,8 @@ def exact_order(
     Returns
     -------
     int or None
-        One more than the degree of the higher power; None when a function is no piecewise polynomial, and the series is
-        all there is.
+        One more than the degree of the higher power; None when a function is no piecewise
+        polynomial, and the series is all there is.
     """
     if isinstance(first, PiecewisePolynomial) and isinstance(second, PiecewisePolynomial):
         return 1 + max(first.degree * first_power, second.degree * second_power)
@@ -117,7 +118,8 @@ class PowerKernel(NamedTuple):
     jumps
         Of a piecewise polynomial of degree at most K; None for a kernel by the series alone.
     missing
-        For a kernel by the series alone, the variance that the coefficients do not explain, ``(n,)``.
+        For a kernel by the series alone, the variance that the coefficients do not explain,
+        ``(n,)``.
     """
 
     coefficients: Tensor
@@ -144,7 +146,8 @@ def power_kernel(
     power
         The power.
     order
-        From `exact_order`, the same for both kernels of a pair; None for a kernel by the series alone.
+        From `exact_order`, the same for both kernels of a pair; None for a kernel by the series
+        alone.
     known
         Hermite coefficients of the power from degree 0 on, if at least `order` are at hand.
 
@@ -176,7 +179,8 @@ def pair_covariance(
     Parameters
     ----------
     first, second
-        What the first and the second unit of each pair compute, from `power_kernel` with the same order.
+        What the first and the second unit of each pair compute, from `power_kernel` with the same
+        order.
     pairs
         Two index tensors ``(pairs,)`` into the units of `first` and of `second`.
     correlation
@@ -245,10 +249,8 @@ def _take(jumps: Jumps, units: Tensor) -> Jumps:
 def _bivariate_hermite(
     x: Tensor, y: Tensor, r: Tensor, one_minus_r2: Tensor, max_order: int
 ) -> list[list[Tensor]]:
-    """``(-1)^{a+b} d^a/dx^a d^b/dy^b p / p`` of the bivariate normal density ``p``, at ``[a][b]``.
-
-    With ``g = Sigma^{-1} (x, y)``: ``H_{a+1,b} = g_x H_ab - (a H_{a-1,b} - r b H_{a,b-1}) / (1 - r^2)``.
-    """
+    """``(-1)^{a+b} d^a/dx^a d^b/dy^b p / p`` of the bivariate normal density ``p``, at ``[a][b]``."""
+    # With g = Sigma^{-1} (x, y): H_{a+1,b} = g_x H_ab - (a H_{a-1,b} - r b H_{a,b-1}) / (1 - r^2).
     gx, gy = (x - r * y) / one_minus_r2, (y - r * x) / one_minus_r2
     table: list[list[Tensor]] = [[torch.ones_like(gx)]]
     for b in range(max_order):

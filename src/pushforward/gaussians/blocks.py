@@ -1,4 +1,4 @@
-"""How much to compute at a time when an elementwise expression is long and its operands are large."""
+"""How much of a long elementwise expression on large operands to compute at a time."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ __all__ = ["block_elements"]
 def block_elements(device: torch.device) -> int:
     """Entries of one temporary of a long elementwise expression.
 
-    On a CPU 8192 float64 entries are 64 KiB: several temporaries fit the second-level cache, and none of them is large enough
-    for the allocator to hand back to the system after each operation. An accelerator wants few large kernels instead.
+    On a CPU 8192 float64 entries are 64 KiB: several temporaries fit the second-level cache, and
+    none of them is large enough for the allocator to hand back to the system after each operation.
+    An accelerator wants few large kernels instead.
 
     Parameters
     ----------

@@ -3,17 +3,19 @@
 Standardise ``X = k1 + sqrt(k2) Z`` and write ``c3 = k3 / k2^{3/2}``, ``c4 = k4 / k2^2``.
 
 - *Gaussian*: ``P(Z > z) = Phi(-z)``.
-- *Edgeworth*: adds ``density(z) (c3/6 He_2 + c4/24 He_3 + c3^2/72 He_5)``; accurate near the mean, can leave
-  [0, 1] in the tail, where it is clipped.
-- *Saddlepoint*: Lugannani and Rice (1980) in the form of Barndorff-Nielsen (1991), always inside (0, 1).
-  With ``K(t) = t^2/2 + c3 t^3/6 + c4 t^4/24``, ``K'(t) = z``, ``r = sign(t) sqrt(2 (t z - K))`` and
-  ``u = t sqrt(K''(t))``, ``P(Z > z) = Phi(-r - log(u / r) / r)``. The argument is replaced by its running
-  maximum away from the mean, which changes nothing unless it fails to increase: the result is monotone
-  (to 1e-4 where the cumulants are too large for any expansion, |c3| > 1 or c4 < -0.5).
+- *Edgeworth*: adds ``density(z) (c3/6 He_2 + c4/24 He_3 + c3^2/72 He_5)``; accurate near the mean,
+  can leave [0, 1] in the tail, where it is clipped.
+- *Saddlepoint*: Lugannani and Rice (1980) in the form of Barndorff-Nielsen (1991), always inside
+  (0, 1). With ``K(t) = t^2/2 + c3 t^3/6 + c4 t^4/24``, ``K'(t) = z``, ``r = sign(t) sqrt(2 (t z -
+  K))`` and ``u = t sqrt(K''(t))``, ``P(Z > z) = Phi(-r - log(u / r) / r)``. The argument is
+  replaced by its running maximum away from the mean, which changes nothing unless it fails to
+  increase: the result is monotone (to 1e-4 where the cumulants are too large for any expansion,
+  |c3| > 1 or c4 < -0.5).
 
-Four cumulants need not belong to a convex ``K``. On the side of the mean where the quartic bends the wrong way, its
-cubic and quartic terms are multiplied by ``exp(-b t^2 / 2)`` with the smallest ``b`` that keeps ``K`` convex there
-(after Wang, 1992). That changes cumulants of order five and more only.
+Four cumulants need not belong to a convex ``K``. On the side of the mean where the quartic bends
+the wrong way, its cubic and quartic terms are multiplied by ``exp(-b t^2 / 2)`` with the smallest
+``b`` that keeps ``K`` convex there (after Wang, 1992). That changes cumulants of order five and
+more only.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ __all__ = ["TailMethod", "quantile", "tail_probability"]
 
 TailMethod = Literal["saddlepoint", "edgeworth", "gaussian"]
 
-# K'' is kept above this fraction of the variance: a solution t of K'(t) = z is then at most z / fraction.
+# K'' is kept above this fraction of the variance: a solution t of K'(t) = z is then at most z /
+# fraction.
 _LEAST_CURVATURE = 0.1
 _LARGEST_TILT = 40.0
 _BISECTIONS = 60
@@ -55,8 +58,8 @@ def tail_probability(
     threshold
         Broadcasts against the cumulants.
     mean, variance, third, fourth
-        The first four cumulants. A missing one counts as 0, as it is for a Gaussian; a variance that is
-        not positive makes ``X`` a constant.
+        The first four cumulants. A missing one counts as 0, as it is for a Gaussian; a variance
+        that is not positive makes ``X`` a constant.
     method
         ``"saddlepoint"``, ``"edgeworth"`` or ``"gaussian"``.
 
@@ -153,7 +156,8 @@ def _saddlepoint(z: Tensor, c3: Tensor, c4: Tensor) -> Tensor:
     path = tilt[..., None] * fraction
     roots = _modified_root(path, c3[..., None], c4[..., None], damping[..., None])
     root, highest = roots[..., -1], roots.amax(-1)
-    # The comparison, rather than the maximum itself, keeps the gradient whole where all roots tie (z = 0).
+    # The comparison, rather than the maximum itself, keeps the gradient whole where all roots tie
+    # (z = 0).
     return torch.special.ndtr(-side * torch.where(highest > root, highest, root))
 
 
@@ -165,7 +169,7 @@ _METHODS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def _tilted(t: Tensor, c3: Tensor, c4: Tensor, damping: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``K'(t)``, ``(K''(t) - 1) / t`` and ``(2 (t K' - K) / t^2 - 1) / t``, free of cancellation."""
+    """``K'``, ``(K'' - 1) / t`` and ``(2 (t K' - K) / t^2 - 1) / t``, free of cancellation."""
     envelope = torch.exp(-0.5 * damping * t * t)
     q = c3 / 6 + c4 * t / 24  # K(t) = t^2 / 2 + t^3 q exp(-b t^2 / 2)
     dq = c3 / 2 + c4 * t / 6

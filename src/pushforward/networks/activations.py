@@ -1,7 +1,7 @@
 """Which activation of the Gaussian calculus a torch module or function stands for.
 
-To add an activation, describe it once as a `PiecewisePolynomial` or a `SmoothActivation` and register the module type or
-the function that computes it:
+To add an activation, describe it once as a `PiecewisePolynomial` or a `SmoothActivation` and
+register the module type or the function that computes it:
 
 >>> import torch
 >>> from pushforward.gaussians.activations import SmoothActivation
@@ -48,8 +48,9 @@ def register_activation(
     target
         A module class, a function such as ``torch.sin``, or the name of a tensor method.
     rule
-        For a module class: the module instance -> `Activation`. For a function or method: its arguments behind the
-        input, positional and keyword -> `Activation`. The activation must act elementwise.
+        For a module class: the module instance -> `Activation`. For a function or method: its
+        arguments behind the input, positional and keyword -> `Activation`. The activation must act
+        elementwise.
 
     Raises
     ------
@@ -139,8 +140,9 @@ def _hardtanh(min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
     return PiecewisePolynomial("hardtanh", (low, high), ((low,), (0.0, 1.0), (high,)))
 
 
-def _clamp(min: float | None = None, max: float | None = None) -> Activation:  # noqa: A002
-    breakpoints, pieces = [], [(0.0, 1.0)]
+def _clamp(min: float | None = None, max: float | None = None) -> Activation:
+    breakpoints: list[float] = []
+    pieces: list[tuple[float, ...]] = [(0.0, 1.0)]
     if min is not None:
         breakpoints.append(float(min))
         pieces.insert(0, (float(min),))

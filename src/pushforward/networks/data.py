@@ -27,7 +27,8 @@ class DataStream:
     ----------
     source
         A tensor or NumPy array of examples ``(N, ...)``, or an iterable of batches: tensors,
-        ``(inputs, targets, ...)`` or mappings with one of the keys inputs, input, x, pixel_values, features, data.
+        ``(inputs, targets, ...)`` or mappings with one of the keys inputs, input, x, pixel_values,
+        features, data.
     name
         How messages call it.
 
@@ -52,8 +53,8 @@ class DataStream:
         Raises
         ------
         DataError
-            For an empty source, batches of unequal example shape, NaN or infinite entries, or a batch in which no
-            inputs can be recognised.
+            For an empty source, batches of unequal example shape, NaN or infinite entries, or a
+            batch in which no inputs can be recognised.
         """
         shape: tuple[int, ...] | None = None
         count = 0
@@ -65,7 +66,7 @@ class DataStream:
                 raise DataError(
                     f"inputs have shape {tuple(x.shape)}",
                     where=f"batch {index} of {self.name}",
-                    advice="Give batches of examples, shape (N, features) or (N, channels, height, width).",
+                    advice="Give batches of examples: (N, features), (N, channels, height, width).",
                 )
             shape = tuple(x.shape[1:]) if shape is None else shape
             if tuple(x.shape[1:]) != shape:
@@ -101,7 +102,7 @@ class DataStream:
             raise DataError(
                 f"got {type(source).__name__}",
                 where=self.name,
-                advice="Pass a tensor (N, ...), a NumPy array, or an iterable of batches such as a DataLoader.",
+                advice="Pass a tensor (N, ...), a NumPy array, or an iterable of batches.",
             ) from error
         yield from iterator
 

@@ -1,13 +1,15 @@
 """A torch.nn.Module read as alternating affine maps and activations, or a refusal that says why.
 
-The module is traced by torch.fx. Each value in it is an affine function of *atoms*: the input and the outputs of the
-activations. Atoms that depend on each other only through affine maps form a stage, and atoms that a later
-stage needs again (residual connections, concatenations) are carried along unchanged. What results is a plain chain,
+The module is traced by torch.fx. Each value in it is an affine function of *atoms*: the input and
+the outputs of the activations. Atoms that depend on each other only through affine maps form a
+stage, and atoms that a later stage needs again (residual connections, concatenations) are carried
+along unchanged. What results is a plain chain,
 
-    state_0 = input,   pre_s = A_s state_{s-1} + b_s,   state_s = phi_s(pre_s),   output = A state_S + b,
+    state_0 = input,   pre_s = A_s state_{s-1} + b_s,   state_s = phi_s(pre_s),   output = A
+    state_S + b,
 
-in which a carried atom is a unit with the identity as its activation. Every propagation rule then needs two steps only:
-an affine one and an elementwise one.
+in which a carried atom is a unit with the identity as its activation. Every propagation rule then
+needs two steps only: an affine one and an elementwise one.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ from pushforward.networks.linear_maps import (
 __all__ = ["AffineMap", "NetworkGraph", "Stage", "UnitGroup", "read_network"]
 
 _LINEAR_MODULES = (
-    "Linear, Conv1d-3d, AvgPool1d-3d, AdaptiveAvgPool1d-3d, BatchNorm1d-3d and Dropout in eval mode, "
-    "Flatten, Unflatten, Identity"
+    "Linear, Conv1d-3d, AvgPool1d-3d, AdaptiveAvgPool1d-3d, BatchNorm1d-3d and Dropout in eval "
+    "mode, Flatten, Unflatten, Identity"
 )
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -203,7 +205,7 @@ class NetworkGraph:
 
 @dataclass(frozen=True)
 class _Form:
-    """An affine function of atoms: ``sum_a maps[a](atom_a) + bias``, with the shape of one example."""
+    """An affine function of atoms, ``sum_a maps[a](atom_a) + bias``, and its example shape."""
 
     maps: dict[int, LinearMap]
     bias: Tensor
@@ -233,7 +235,8 @@ class _Tracer(fx.Tracer):
 def read_network(net: nn.Module, event_shape: tuple[int, ...]) -> NetworkGraph:
     """Read a module as a chain of affine maps and activations.
 
-    The weights are not copied out of autograd: what is computed from the graph is differentiable in them.
+    The weights are not copied out of autograd: what is computed from the graph is differentiable
+    in them.
 
     Parameters
     ----------
@@ -348,7 +351,7 @@ class _Reader:
                 raise NetworkError(
                     f"{type(module).__name__} is in training mode",
                     where=f"module {path!r}",
-                    advice="Call net.eval() first: only the deterministic network has a fixed output law.",
+                    advice="Call net.eval() first: only a deterministic network has an output law.",
                 )
             return form if isinstance(module, _DROPOUTS) else self.batch_norm(path, module, form)
         if isinstance(module, nn.Linear):
@@ -421,7 +424,7 @@ class _Reader:
             raise NetworkError(
                 "BatchNorm keeps no running statistics",
                 where=f"module {path!r}",
-                advice="Without them its output depends on the batch; train with track_running_stats.",
+                advice="Without them its output depends on the batch: track_running_stats=True.",
             )
         if form.shape[0] != module.num_features:
             raise ShapeError(
@@ -524,7 +527,8 @@ class _Reader:
     def reshape_call(
         self, name: str, target: Any, label: str, form: _Form, rest: Any, kwargs: dict[str, Any]
     ) -> _Form:
-        # Sizes read off the traced graph are those of a batch of two, so -1 and x.size(0) both work.
+        # Sizes read off the traced graph are those of a batch of two, so -1 and x.size(0) both
+        # work.
         shadow = torch.empty(2, *form.shape, device="meta")
         try:
             call = (
@@ -648,9 +652,10 @@ class _Reader:
         return UnsupportedLayerError(
             f"no propagation rule for {kind}{why}",
             where=f"module {path!r}",
-            advice=f"Supported: {_LINEAR_MODULES}; residual additions and concatenations; activations "
-            f"{', '.join(supported_activations())}, abs, sign, heaviside and powers. Add an elementwise "
-            "function with pushforward.register_activation, or use pushforward.monte_carlo.",
+            advice=f"Supported: {_LINEAR_MODULES}; residual additions and concatenations; "
+            f"activations {', '.join(supported_activations())}, abs, sign, heaviside and powers. Add "
+            "an elementwise function with pushforward.register_activation, or use "
+            "pushforward.monte_carlo.",
         )
 
 

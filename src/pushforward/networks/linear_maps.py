@@ -1,8 +1,8 @@
-"""Linear maps between flat feature vectors, dense or structured, as the layers of a network define them.
+"""Linear maps between flat feature vectors, dense or structured, as layers define them.
 
-Every map acts on the last axis of a batch of rows, so that a covariance ``C`` becomes ``A C A^T`` by two applications:
-``A.apply(A.apply(C).mT)``. A convolution stays a convolution there; it is written out as a matrix only where squares of
-its entries are needed.
+Every map acts on the last axis of a batch of rows, so that a covariance ``C`` becomes ``A C A^T``
+by two applications: ``A.apply(A.apply(C).mT)``. A convolution stays a convolution there; it is
+written out as a matrix only where squares of its entries are needed.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ class Block:
 
 @dataclass(frozen=True)
 class JointMap(LinearMap):
-    """Rows stacked from blocks: how residual connections and concatenations read the state of a network.
+    """Rows stacked from blocks: how residual connections and concatenations read a state.
 
     Parameters
     ----------

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from pushforward.cumulants.output import OutputLaw
 from pushforward.errors import OptionError
-from pushforward.report.formatting import number
 
-__all__ = ["Event", "default_events", "output_labels", "parse_event"]
+__all__ = ["Event", "default_events", "functional_name", "output_labels", "parse_event"]
 
 _FAR = 3.0  # standard deviations
 _MOST_OUTPUTS = 12
@@ -102,7 +101,7 @@ def default_events(law: OutputLaw, labels: Sequence[str]) -> tuple[Event, ...]:
     thresholds = (law.mean + _FAR * law.variance.clamp(min=0).sqrt()).tolist()
     group = f"An output above its mean + {_FAR:g} standard deviations"
     events = [
-        Event(f"f[{label}] > {number(threshold)}", row, threshold, group)
+        Event(f"f[{label}] > {threshold:.4g}", row, threshold, group)
         for label, row, threshold in zip(labels, identity, thresholds, strict=True)
     ][:_MOST_OUTPUTS]
     if len(labels) > 1:
@@ -154,6 +153,30 @@ def parse_event(text: str, labels: Sequence[str]) -> Event:
     if not bool(functional.any()):
         raise _no_event(text, "it does not depend on the outputs")
     return Event(" ".join(text.split()), functional, b[1] - a[1])
+
+
+def functional_name(functional: Float[Tensor, " K"], labels: Sequence[str]) -> str:
+    """A linear functional as a formula.
+
+    Parameters
+    ----------
+    functional
+        Coefficients ``(k,)``.
+    labels
+        Names of the outputs.
+
+    Returns
+    -------
+    str
+        Such as ``"f[cat] − 2 f[dog]"``; shortened after four terms.
+    """
+    terms = [(value, label) for value, label in zip(functional.tolist(), labels, strict=True) if value]
+    text = ""
+    for value, label in terms[:4]:
+        sign = "−" if value < 0 else "+" if text else ""
+        factor = "" if abs(value) == 1 else f"{abs(value):.3g} "
+        text += f" {sign} {factor}f[{label}]" if text else f"{sign}{factor}f[{label}]"
+    return text + (" + …" if len(terms) > 4 else "")
 
 
 def _linear_form(text: str, labels: Sequence[str], whole: str) -> tuple[list[float], float]:

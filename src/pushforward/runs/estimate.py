@@ -24,7 +24,8 @@ class Check:
     name
         Short stable identifier, for example ``"positive-variance"``.
     status
-        ``"pass"``, ``"warn"`` (the error bar may be too small) or ``"fail"`` (do not use the value).
+        ``"pass"``, ``"warn"`` (the error bar may be too small) or ``"fail"`` (do not use the
+        value).
     detail
         What was seen, with its number.
     advice
@@ -141,7 +142,9 @@ def to_jsonable(value: Any) -> Any:
         Dictionaries, lists, strings, numbers, booleans and None.
     """
     if isinstance(value, Tensor):
-        return value.detach().to(torch.float64 if value.is_floating_point() else value.dtype).tolist()
+        return (
+            value.detach().to(torch.float64 if value.is_floating_point() else value.dtype).tolist()
+        )
     if hasattr(value, "__dataclass_fields__"):
         return {
             name: to_jsonable(getattr(value, name))

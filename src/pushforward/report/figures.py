@@ -1,0 +1,280 @@
+"""Drawings for the page: inline SVG whose colours follow the page, light or dark."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pushforward.report.formatting import power_of_ten
+
+__all__ = ["Interval", "TailCurve", "can_draw", "spread_svg", "tail_curves_svg"]
+
+# Matplotlib knows fixed colours only: these stand for the page's variables until the SVG is written.
+_INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
+_PROPAGATED, _SAMPLED, _PAPER = "#040404", "#050505", "#060606"
+_VARIABLES = {
+    _INK: "--ink",
+    _MUTED: "--muted",
+    _GRID: "--line",
+    _PROPAGATED: "--propagated",
+    _SAMPLED: "--sampled",
+    _PAPER: "--paper",
+}
+_SETTINGS: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "pushforward",
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9.0,
+    "text.color": _INK,
+    "axes.edgecolor": _MUTED,
+    "axes.labelcolor": _INK,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "semibold",
+    "axes.titlecolor": _INK,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "xtick.labelcolor": _MUTED,
+    "ytick.labelcolor": _INK,
+    "legend.frameon": False,
+    "lines.solid_capstyle": "round",
+}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """One output in the figure of means and spreads, every number in the units of the output.
+
+    Parameters
+    ----------
+    label
+        Its name.
+    mean, error, deviation
+        Propagated mean, its standard error and the standard deviation of the output.
+    sampled_mean, sampled_error, sampled_deviation
+        The same by Monte Carlo.
+    """
+
+    label: str
+    mean: float
+    error: float
+    deviation: float
+    sampled_mean: float
+    sampled_error: float
+    sampled_deviation: float
+
+
+@dataclass(frozen=True)
+class TailCurve:
+    """Probability of exceeding a growing threshold.
+
+    Parameters
+    ----------
+    name
+        What is exceeded.
+    event
+        Threshold of the event in the table, in standard deviations above the mean.
+    deviations
+        Thresholds in standard deviations above the mean, ascending.
+    saddlepoint, gaussian
+        From the propagated cumulants.
+    sampled, lower, upper
+        Observed frequency and its interval.
+    num_samples
+        How many samples there were.
+    """
+
+    name: str
+    event: float
+    deviations: Sequence[float]
+    saddlepoint: Sequence[float]
+    gaussian: Sequence[float]
+    sampled: Sequence[float]
+    lower: Sequence[float]
+    upper: Sequence[float]
+    num_samples: int
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is there.
+
+    Returns
+    -------
+    bool
+        False: install the extra ``pushforward[plot]``.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def spread_svg(intervals: Sequence[Interval], key: str) -> str:
+    """Mean and spread of each output both ways, and the difference of the means with its errors.
+
+    Parameters
+    ----------
+    intervals
+        One for each output, from the top.
+    key
+        Prefix of identifiers within the drawing, unique on the page.
+
+    Returns
+    -------
+    str
+        SVG.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    count = len(intervals)
+    rows = list(range(count))
+    with rc_context(_SETTINGS):
+        figure = Figure(figsize=(8.2, 1.5 + 0.3 * count), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.35, 1))
+        for row, item in zip(rows, intervals, strict=True):
+            for shift, colour, mean, deviation in (
+                (-0.14, _PROPAGATED, item.mean, item.deviation),
+                (0.14, _SAMPLED, item.sampled_mean, item.sampled_deviation),
+            ):
+                y = [row + shift] * 2
+                left.plot([mean - 2 * deviation, mean + 2 * deviation], y, color=colour, lw=1.3)
+                left.plot([mean - deviation, mean + deviation], y, color=colour, lw=4.2)
+                left.plot(
+                    mean, row + shift, "o", ms=3.6, color=_PAPER, mec=colour, mew=1.1, zorder=4
+                )
+            scale = item.deviation if item.deviation > 0 else 1.0
+            difference = (item.mean - item.sampled_mean) / scale
+            for reach, colour, width in (
+                (item.error / scale, _PROPAGATED, 1.6),
+                (item.sampled_error / scale, _SAMPLED, 4.2),
+            ):
+                right.plot(
+                    [difference - reach, difference + reach], [row] * 2, color=colour, lw=width
+                )
+            right.plot(difference, row, "o", ms=4.4, color=_PAPER, mec=_INK, mew=1.1, zorder=4)
+        left.set_yticks(rows, [item.label for item in intervals])
+        left.set_ylim(count - 0.4, -0.6)
+        left.set_title("Mean, ± 1 and ± 2 standard deviations", loc="left")
+        left.set_xlabel("output")
+        right.set_title("Propagated mean − sampled mean", loc="left")
+        right.set_xlabel("standard deviations of the output")
+        right.axvline(0, color=_MUTED, lw=1)
+        right.locator_params(axis="x", nbins=6)
+        for axes in (left, right):
+            axes.grid(visible=False, axis="y")
+            axes.tick_params(axis="y", length=0)
+            axes.spines["left"].set_visible(False)
+        from matplotlib.lines import Line2D
+
+        figure.legend(
+            handles=[
+                Line2D([], [], color=_PROPAGATED, lw=4, label="propagated, with its error bar"),
+                Line2D([], [], color=_SAMPLED, lw=4, label="Monte Carlo, with its standard error"),
+            ],
+            loc="outside upper left",
+            ncols=2,
+        )
+        return _themed(figure, key)
+
+
+def tail_curves_svg(curves: Sequence[TailCurve], key: str) -> str:
+    """Tail probabilities on a logarithmic scale: saddlepoint, Gaussian, and the sampled band.
+
+    Parameters
+    ----------
+    curves
+        One panel each.
+    key
+        Prefix of identifiers within the drawing, unique on the page.
+
+    Returns
+    -------
+    str
+        SVG.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    with rc_context(_SETTINGS):
+        figure = Figure(figsize=(8.2, 3.7), layout="constrained")
+        panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+        for axes, curve in zip(panels, curves, strict=True):
+            x, floor = curve.deviations, 0.1 / curve.num_samples
+            axes.fill_between(
+                x,
+                [max(value, floor / 10) for value in curve.lower],
+                curve.upper,
+                color=_SAMPLED,
+                alpha=0.28,
+                lw=0,
+                label="Monte Carlo, 95 % interval",
+            )
+            seen = [(at, p) for at, p in zip(x, curve.sampled, strict=True) if p > 0]
+            axes.plot(*zip(*seen, strict=True), color=_SAMPLED, lw=1.8, label="Monte Carlo")
+            axes.plot(x, curve.gaussian, color=_MUTED, lw=1.2, ls=(0, (4, 3)), label="Gaussian tail")
+            axes.plot(x, curve.saddlepoint, color=_PROPAGATED, lw=2, label="propagated, saddlepoint")
+            axes.axvline(curve.event, color=_MUTED, lw=1, ls=":")
+            axes.set_yscale("log")
+            axes.set_ylim(floor, 1.0)
+            axes.set_xlim(min(x), max(x))
+            axes.set_title(curve.name, loc="left")
+            axes.set_xlabel("threshold t, standard deviations above the mean")
+            axes.yaxis.set_major_locator(LogLocator(numticks=12))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(FuncFormatter(_decade))
+        panels[0].set_ylabel("probability of exceeding t")
+        handles, labels = panels[0].get_legend_handles_labels()
+        order = [3, 2, 1, 0]
+        figure.legend(
+            [handles[i] for i in order],
+            [labels[i] for i in order],
+            loc="outside upper left",
+            ncols=4,
+        )
+        return _themed(figure, key)
+
+
+def _decade(value: float, _position: int) -> str:
+    if value <= 0:
+        return ""
+    exponent = round(math.log10(value))
+    return f"{value:g}" if exponent >= -2 else power_of_ten(exponent)
+
+
+def _themed(figure: Any, key: str) -> str:
+    """The figure as an SVG element without fixed size, colours or foreign identifiers.
+
+    Returns
+    -------
+    str
+        From ``<svg`` to ``</svg>``.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].strip()
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    # Several drawings on one page would otherwise share identifiers such as "axes_1".
+    svg = svg.replace(' id="', f' id="{key}-').replace("url(#", f"url(#{key}-")
+    svg = svg.replace('href="#', f'href="#{key}-')
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return svg
