@@ -201,6 +201,22 @@ class GaussianLaw:
         """Whether the law is ``N(0, c I)``: invariant under rotations."""
         return self.covariance.dim() == 0 and not bool(self.mean.detach().any())
 
+    def select(self, rows: slice) -> GaussianLaw:
+        """Some laws of a batch.
+
+        Parameters
+        ----------
+        rows
+            Which.
+
+        Returns
+        -------
+        GaussianLaw
+            A batch of those.
+        """
+        covariance = self.covariance[rows] if self.covariance.dim() == 3 else self.covariance
+        return GaussianLaw(self.mean[rows], covariance, self.event_shape)
+
     def diagonal(self) -> Float[Tensor, "*batch d"]:
         """Variance of each feature.
 

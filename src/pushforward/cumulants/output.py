@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pushforward.cumulants.towers import CumulantTower, Radius
+from pushforward.cumulants.towers import CumulantTower, Radius, concatenate_towers
 from pushforward.errors import ShapeError
 from pushforward.gaussians import tails
 from pushforward.gaussians.tails import TailMethod
@@ -18,7 +18,7 @@ from pushforward.networks.graph import AffineMap
 from pushforward.networks.linear_maps import Block, Dense, JointMap
 from pushforward.runs.estimate import Check, Cost, Status, to_jsonable, worst_status
 
-__all__ = ["ErrorBar", "Moments", "OutputLaw", "moments_of"]
+__all__ = ["ErrorBar", "Moments", "OutputLaw", "concatenate", "moments_of"]
 
 
 class Moments(NamedTuple):
@@ -387,6 +387,59 @@ class OutputLaw:
                 lines.append(f"  {index:>6} {mean:>12.5g} ± {error:<8.2g} {deviation:>10.4g}")
         lines += [f"  {check}" for check in self.checks if check.status != "pass"]
         return "\n".join(lines)
+
+
+def concatenate(laws: Sequence[OutputLaw]) -> OutputLaw:
+    """Laws of several batches as one batch.
+
+    Parameters
+    ----------
+    laws
+        Of the same network by the same method, each for a batch of input laws.
+
+    Returns
+    -------
+    OutputLaw
+        Costs added, of each check the worst.
+    """
+    first = laws[0]
+    if len(laws) == 1:
+        return first
+    exact = Moments(*(_join([law._moments()[i] for law in laws]) for i in range(5)))  # type: ignore[arg-type]
+    towers = [law._tower for law in laws if law._tower is not None]
+    bars = [law._error for law in laws if law._error is not None]
+    error = None
+    if bars:
+        error = ErrorBar(
+            torch.cat([b.difference for b in bars]), torch.cat([b.relative for b in bars])
+        )
+    joined = OutputLaw.from_moments(
+        exact,
+        order=first.order,
+        augmented=first.augmented,
+        dtype=first.mean.dtype,
+        tower=concatenate_towers(towers) if towers else None,
+        radius=first._radius,
+        offset=first._offset,
+        error=error,
+    )
+    worst: dict[str, Check] = {}
+    for check in (check for law in laws for check in law.checks):
+        known = worst.get(check.name)
+        if known is None or worst_status((known, check)) != known.status:
+            worst[check.name] = check
+    return replace(
+        joined,
+        flops=sum(law.flops for law in laws),
+        seconds=sum(law.seconds for law in laws),
+        checks=tuple(worst.values()),
+        layers={name: concatenate([law.layers[name] for law in laws]) for name in first.layers},
+    )
+
+
+def _join(parts: Sequence[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
 
 
 def moments_of(

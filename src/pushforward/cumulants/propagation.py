@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,13 @@ from pushforward.cumulants.mean_propagation import (
     affine_units,
     first_affine_units,
 )
-from pushforward.cumulants.output import ErrorBar, Moments, OutputLaw, moments_of
+from pushforward.cumulants.output import (
+    ErrorBar,
+    Moments,
+    OutputLaw,
+    concatenate,
+    moments_of,
+)
 from pushforward.cumulants.towers import CumulantTower, Metric, Radius, gram
 from pushforward.errors import OptionError, ResourceError, ShapeError
 from pushforward.networks.graph import AffineMap, NetworkGraph, Stage, read_network
@@ -33,6 +39,8 @@ VarianceForm = Literal["unit", "scalar"]
 _BREAKDOWN_RATIO = 1 / 8
 _THIRD_ORDER_BYTES = 4e9
 _EXACT_ABOVE = 0.5
+# A batch of laws is worked through in portions whose covariances take about this much.
+_BATCH_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,19 @@ def propagate(
     _check_options(order, metric, variance, exact_above)
     graph = net if isinstance(net, NetworkGraph) else read_network(net, law.event_shape)
     inputs = _prepare_law(graph, law)
+    portions = _portions(graph, inputs, order)
+    if len(portions) > 1:
+        options: dict[str, Any] = {
+            "augmented": augmented,
+            "metric": metric,
+            "variance": variance,
+            "exact_above": exact_above,
+            "angular": angular,
+            "standard_error": standard_error,
+            "layers": layers,
+        }
+        parts = [propagate(graph, law.select(rows), order, **options) for rows in portions]
+        return replace(concatenate(parts), seconds=time.perf_counter() - start)
     settings = _Settings(metric, exact_above, _use_sphere(graph, law, order, angular))
     ratio = depth_over_width(graph)
     if augmented is None:
@@ -321,6 +342,16 @@ def _cost(graph: NetworkGraph, closure: Closure, result: _Pass, law: GaussianLaw
         + propagation_flops(graph, closure, strong)
         - propagation_flops(graph, closure)
     )
+
+
+def _portions(graph: NetworkGraph, law: GaussianLaw, order: int) -> list[slice]:
+    """Rows of a batch of laws whose covariances fit the memory budget together."""
+    batch = law.mean.shape[0]
+    widths = [s.affine.linear.out_features for s in graph.stages]
+    widest = max([graph.input_features, graph.output_features, *widths])
+    numbers = 4.0 * widest if order == 1 else 4.0 * widest**2 + 3.0 * widest * sum(widths)
+    size = max(1, int(_BATCH_BYTES / (8 * numbers)))
+    return [slice(start, start + size) for start in range(0, batch, size)]
 
 
 def _unit_cost(graph: NetworkGraph, law: GaussianLaw) -> float:

@@ -15,6 +15,7 @@ Cumulants are multilinear, so affine maps act exactly. Sources: arXiv 2605.05179
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -32,6 +33,7 @@ __all__ = [
     "RadialThird",
     "Radius",
     "Source",
+    "concatenate_towers",
     "gram",
 ]
 
@@ -508,6 +510,47 @@ class Radius:
         third = raw3 - 3 * k2 * mean - mean**3
         fourth = raw4 - 4 * third * mean - 3 * k2**2 - 6 * k2 * mean**2 - mean**4
         return mean, covariance, third, fourth
+
+
+def concatenate_towers(towers: Sequence[CumulantTower]) -> CumulantTower:
+    """Towers of several batches of laws as one batch.
+
+    Parameters
+    ----------
+    towers
+        Of the same network at the same order, each with a batch dimension.
+
+    Returns
+    -------
+    CumulantTower
+        One batch.
+    """
+    first = towers[0]
+    third = first.third
+    if isinstance(third, RadialThird):
+        cores = [t.third.core for t in towers if isinstance(t.third, RadialThird)]
+        third = RadialThird(torch.cat(cores))
+    elif isinstance(third, FactoredThird):
+        members = [t.third.sources for t in towers if isinstance(t.third, FactoredThird)]
+        third = FactoredThird(
+            tuple(_concatenate_sources(same) for same in zip(*members, strict=True))
+        )
+    fourths = [t.fourth for t in towers if t.fourth is not None]
+    return CumulantTower(
+        torch.cat([t.mean for t in towers]),
+        torch.cat([t.covariance for t in towers]),
+        third,
+        torch.cat(fourths) if fourths else None,
+        first.metric,
+    )
+
+
+def _concatenate_sources(sources: tuple[Source, ...]) -> Source:
+    leg, edge, rest, gain = (
+        torch.cat([getattr(source, name) for source in sources])
+        for name in ("leg", "edge", "rest", "gain")
+    )
+    return Source(leg, edge, rest, gain)
 
 
 def gram(linear: LinearMap, like: Tensor) -> Float[Tensor, "n n"]:

@@ -59,8 +59,8 @@ class PairCovariance(NamedTuple):
 
 
 def mehler_series(
-    first: Float[Tensor, K * pairs],
-    second: Float[Tensor, K * pairs],
+    first: Float[Tensor, " K *pairs"],
+    second: Float[Tensor, " K *pairs"],
     correlation: Float[Tensor, "*pairs"],
 ) -> Float[Tensor, "*pairs"]:
     """Sum of Mehler's series over the degrees 1 ... K that are given.
@@ -219,7 +219,11 @@ def _jump_integral(first: Jumps, second: Jumps, order: int, correlation: Tensor)
     # Squaring the distance to the upper end gathers nodes where the density narrows as |rho| -> 1.
     s = (1 - node) / 2
     fraction, jacobian = 1 - s * s, s * weight
-    limit = torch.asin(correlation)[:, None]
+    # At |rho| = 1 the derivative of the arc sine is infinite, that of the integral is not: the
+    # integrand vanishes at its upper end. A constant limit there leaves what is finite.
+    inside = 1 - correlation.abs() > 1e-15
+    end = torch.copysign(torch.full_like(correlation, math.pi / 2), correlation)
+    limit = torch.where(inside, torch.asin(torch.where(inside, correlation, 0.0)), end)[:, None]
     r = torch.sin(limit * fraction)
     one_minus_r2 = torch.cos(limit * fraction) ** 2
     kernel = limit * jacobian * (correlation[:, None] - r) ** (order - 1)

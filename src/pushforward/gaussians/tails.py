@@ -149,7 +149,7 @@ def _edgeworth(z: Tensor, c3: Tensor, c4: Tensor) -> Tensor:
 def _saddlepoint(z: Tensor, c3: Tensor, c4: Tensor) -> Tensor:
     # Reflect so that z >= 0 and only t >= 0 is needed: P(Z > z) = 1 - P(-Z > -z).
     side = torch.where(z < 0, -torch.ones_like(z), torch.ones_like(z))
-    z, c3 = side * z, side * c3
+    z, c3 = (side * z).clamp(max=_LARGEST_TILT), side * c3
     damping = _convex_damping(c3, c4)
     tilt = _solve_tilt(z, c3, c4, damping)
     fraction = torch.linspace(0, 1, _ENVELOPE_NODES, dtype=z.dtype, device=z.device)
@@ -197,7 +197,9 @@ def _modified_root(t: Tensor, c3: Tensor, c4: Tensor, damping: Tensor) -> Tensor
 @torch.no_grad()
 def _convex_damping(c3: Tensor, c4: Tensor) -> Tensor:
     """Smallest damping on a geometric grid for which ``K''`` stays positive for ``t > 0``."""
-    t = torch.linspace(0, math.sqrt(_LARGEST_TILT), 256, dtype=c3.dtype, device=c3.device) ** 2
+    # As far as `_solve_tilt` looks: a slight negative c4 bends K only at large t.
+    farthest = math.sqrt(_LARGEST_TILT / _LEAST_CURVATURE)
+    t = torch.linspace(0, farthest, 512, dtype=c3.dtype, device=c3.device) ** 2
     damping = torch.zeros_like(c3)
     for step in range(80):
         curvature = _tilted(t, c3[..., None], c4[..., None], damping[..., None])[1]

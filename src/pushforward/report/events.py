@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from jaxtyping import Float
@@ -15,8 +16,8 @@ from pushforward.errors import OptionError
 
 __all__ = ["Event", "default_events", "functional_name", "output_labels", "parse_event"]
 
-_FAR = 3.0  # standard deviations
-_MOST_OUTPUTS = 12
+_FAR = (2.0, 3.0)  # standard deviations: often enough to be checked, and rare
+_MOST_OUTPUTS = 10
 _MOST_MARGINS = 9
 _FORM = "Write it like 'f[3] > 2.5', 'f[cat] > f[dog]' or 'f[0] - 2*f[1] < 0.5'"
 _TERM = re.compile(
@@ -82,8 +83,8 @@ def output_labels(labels: Sequence[str] | None, outputs: int) -> tuple[str, ...]
 def default_events(law: OutputLaw, labels: Sequence[str]) -> tuple[Event, ...]:
     """Events worth asking for when none are given.
 
-    Each output three standard deviations above its mean, and, for several outputs, those that are most
-    likely to exceed the one with the largest mean: the likely confusions of a classifier.
+    Each output two and three standard deviations above its mean, and, for several outputs, those that are
+    most likely to exceed the one with the largest mean: the likely confusions of a classifier.
 
     Parameters
     ----------
@@ -95,15 +96,18 @@ def default_events(law: OutputLaw, labels: Sequence[str]) -> tuple[Event, ...]:
     Returns
     -------
     tuple of Event
-        At most 12 of the first kind and 9 of the second.
+        At most 10 outputs and 9 of the second kind.
     """
     identity = torch.eye(len(labels), dtype=torch.float64, device=law.mean.device)
-    thresholds = (law.mean + _FAR * law.variance.clamp(min=0).sqrt()).tolist()
-    group = f"An output above its mean + {_FAR:g} standard deviations"
-    events = [
-        Event(f"f[{label}] > {threshold:.4g}", row, threshold, group)
-        for label, row, threshold in zip(labels, identity, thresholds, strict=True)
-    ][:_MOST_OUTPUTS]
+    deviations = law.variance.clamp(min=0).sqrt()
+    events = []
+    for far in _FAR:
+        group = f"An output above its mean + {far:g} standard deviations"
+        thresholds = (law.mean + far * deviations).tolist()
+        rows = list(zip(labels, identity, thresholds, strict=True))[:_MOST_OUTPUTS]
+        events += [
+            Event(f"f[{label}] > {level:.4g}", row, level, group) for label, row, level in rows
+        ]
     if len(labels) > 1:
         top = int(law.mean.argmax())
         others = [index for index in range(len(labels)) if index != top]
@@ -146,12 +150,12 @@ def parse_event(text: str, labels: Sequence[str]) -> Event:
     """
     left, relation, right = re.match(r"([^<>]*)([<>]?)(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
     if not relation:
-        raise _no_event(text, "it has no '>' or '<'")
+        _refuse(text, "it has no '>' or '<'")
     larger, smaller = (left, right) if relation == ">" else (right, left)
     a, b = _linear_form(larger, labels, text), _linear_form(smaller, labels, text)
     functional = torch.tensor(a[0], dtype=torch.float64) - torch.tensor(b[0], dtype=torch.float64)
     if not bool(functional.any()):
-        raise _no_event(text, "it does not depend on the outputs")
+        _refuse(text, "it does not depend on the outputs")
     return Event(" ".join(text.split()), functional, b[1] - a[1])
 
 
@@ -170,7 +174,9 @@ def functional_name(functional: Float[Tensor, " K"], labels: Sequence[str]) -> s
     str
         Such as ``"f[cat] − 2 f[dog]"``; shortened after four terms.
     """
-    terms = [(value, label) for value, label in zip(functional.tolist(), labels, strict=True) if value]
+    terms = [
+        (value, label) for value, label in zip(functional.tolist(), labels, strict=True) if value
+    ]
     text = ""
     for value, label in terms[:4]:
         sign = "−" if value < 0 else "+" if text else ""
@@ -198,7 +204,7 @@ def _linear_form(text: str, labels: Sequence[str], whole: str) -> tuple[list[flo
         assert term is not None  # every part is optional
         sign, factor, name = term.group("sign", "factor", "name")
         if (factor is None and name is None) or (position > 0 and sign is None):
-            raise _no_event(whole, f"{text[position:].strip()!r} is no term of a sum")
+            _refuse(whole, f"{text[position:].strip()!r} is no term of a sum")
         value = (-1.0 if sign == "-" else 1.0) * float(factor or 1)
         if name is None:
             constant += value
@@ -219,5 +225,12 @@ def _index_of(name: str, labels: Sequence[str]) -> int:
     )
 
 
-def _no_event(text: str, reason: str) -> OptionError:
-    return OptionError(f"cannot read {text!r}: {reason}", where="event", advice=f"{_FORM}.")
+def _refuse(text: str, reason: str) -> NoReturn:
+    """Say why a text is no event.
+
+    Raises
+    ------
+    OptionError
+        Always.
+    """
+    raise OptionError(f"cannot read {text!r}: {reason}", where="event", advice=f"{_FORM}.")

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pushforward.report.comparison import TailCurve
 from pushforward.report.formatting import power_of_ten
 
-__all__ = ["Interval", "TailCurve", "can_draw", "spread_svg", "tail_curves_svg"]
+__all__ = ["Interval", "can_draw", "spread_svg", "tail_curves_svg"]
 
 # Matplotlib knows fixed colours only: these stand for the page's variables until the SVG is written.
 _INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
@@ -24,7 +25,7 @@ _VARIABLES = {
     _SAMPLED: "--sampled",
     _PAPER: "--paper",
 }
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "pushforward",
     "text.parse_math": False,
@@ -35,7 +36,7 @@ _SETTINGS: dict[str, Any] = {
     "axes.edgecolor": _MUTED,
     "axes.labelcolor": _INK,
     "axes.titlesize": 9.5,
-    "axes.titleweight": "semibold",
+    "axes.titleweight": "bold",
     "axes.titlecolor": _INK,
     "axes.facecolor": "none",
     "figure.facecolor": "none",
@@ -75,37 +76,6 @@ class Interval:
     sampled_mean: float
     sampled_error: float
     sampled_deviation: float
-
-
-@dataclass(frozen=True)
-class TailCurve:
-    """Probability of exceeding a growing threshold.
-
-    Parameters
-    ----------
-    name
-        What is exceeded.
-    event
-        Threshold of the event in the table, in standard deviations above the mean.
-    deviations
-        Thresholds in standard deviations above the mean, ascending.
-    saddlepoint, gaussian
-        From the propagated cumulants.
-    sampled, lower, upper
-        Observed frequency and its interval.
-    num_samples
-        How many samples there were.
-    """
-
-    name: str
-    event: float
-    deviations: Sequence[float]
-    saddlepoint: Sequence[float]
-    gaussian: Sequence[float]
-    sampled: Sequence[float]
-    lower: Sequence[float]
-    upper: Sequence[float]
-    num_samples: int
 
 
 def can_draw() -> bool:
@@ -227,8 +197,12 @@ def tail_curves_svg(curves: Sequence[TailCurve], key: str) -> str:
             )
             seen = [(at, p) for at, p in zip(x, curve.sampled, strict=True) if p > 0]
             axes.plot(*zip(*seen, strict=True), color=_SAMPLED, lw=1.8, label="Monte Carlo")
-            axes.plot(x, curve.gaussian, color=_MUTED, lw=1.2, ls=(0, (4, 3)), label="Gaussian tail")
-            axes.plot(x, curve.saddlepoint, color=_PROPAGATED, lw=2, label="propagated, saddlepoint")
+            axes.plot(
+                x, curve.gaussian, color=_MUTED, lw=1.2, ls=(0, (4, 3)), label="Gaussian tail"
+            )
+            axes.plot(
+                x, curve.saddlepoint, color=_PROPAGATED, lw=2, label="propagated, saddlepoint"
+            )
             axes.axvline(curve.event, color=_MUTED, lw=1, ls=":")
             axes.set_yscale("log")
             axes.set_ylim(floor, 1.0)

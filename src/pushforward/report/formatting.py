@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["duration", "number", "power_of_ten", "probability", "ratio", "scientific", "with_error"]
+__all__ = [
+    "MINUS", "MISSING", "TIMES", "duration", "number", "power_of_ten", "probability", "ratio", "scientific", "with_error"]
 
-_MINUS = "\u2212"
+MINUS, TIMES, MISSING = "\u2212", "\u00d7", "\u2013"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "\u207b⁰¹²³⁴⁵⁶⁷⁸⁹")
-_MISSING = "–"
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -28,17 +28,17 @@ def number(value: float, digits: int = 4) -> str:
 
     Examples
     --------
-    >>> number(1234.5678), number(0.000012, 2)
-    ('1,235', '1.2 × 10⁻⁵')
+    >>> number(1234.5678), number(476548, 2), number(0.000012, 2)
+    ('1,235', '480,000', '1.2 × 10⁻⁵')
     """
     if not math.isfinite(value):
-        return _MISSING
+        return MISSING
     if value == 0:
         return "0"
     if not 1e-4 <= abs(value) < 1e6:
         return scientific(value, digits)
-    decimals = max(0, digits - 1 - _exponent(value, digits))
-    return _signed(f"{value:,.{decimals}f}")
+    decimals = digits - 1 - _exponent(value, digits)
+    return _signed(f"{round(value, decimals):,.{max(0, decimals)}f}")
 
 
 def scientific(value: float, digits: int = 3) -> str:
@@ -57,14 +57,14 @@ def scientific(value: float, digits: int = 3) -> str:
         Such as ``"2.81 × 10⁷"``.
     """
     if not math.isfinite(value):
-        return _MISSING
+        return MISSING
     if value == 0:
         return "0"
     exponent = _exponent(value, digits)
     if -2 <= exponent < 3:
         return _signed(f"{value:.{max(0, digits - 1 - exponent)}f}")
     mantissa = _signed(f"{value / 10.0**exponent:.{digits - 1}f}")
-    return f"{mantissa} × {power_of_ten(exponent)}"
+    return f"{mantissa} {TIMES} {power_of_ten(exponent)}"
 
 
 def power_of_ten(exponent: int) -> str:
@@ -104,7 +104,7 @@ def with_error(value: float, error: float | None) -> str:
     if error is None or not math.isfinite(error):
         return number(value)
     if not math.isfinite(value):
-        return _MISSING
+        return MISSING
     if error <= 0:
         return f"{number(value, 6)} ± 0"
     decimals = 1 - _exponent(error, 2)
@@ -128,7 +128,7 @@ def probability(value: float) -> str:
         Such as ``"0.309"`` or ``"4.75 × 10⁻⁵"``.
     """
     if value > 0.999 and value != 1:
-        return f"1 {_MINUS} {scientific(1 - value, 2)}"
+        return f"1 {MINUS} {scientific(1 - value, 2)}"
     return scientific(value, 3)
 
 
@@ -143,11 +143,11 @@ def ratio(value: float) -> str:
     Returns
     -------
     str
-        Such as ``"1.04 ×"`` or ``"113 ×"``.
+        Such as ``"1.04 ×"`` or ``"110 ×"``.
     """
     if not math.isfinite(value):
-        return _MISSING
-    return f"{number(value, 3) if value < 1e3 else number(value, 2)} ×"
+        return MISSING
+    return f"{number(value, 3 if value < 2 else 2)} {TIMES}"
 
 
 def duration(seconds: float) -> str:
@@ -164,7 +164,7 @@ def duration(seconds: float) -> str:
         Such as ``"39 ms"``, ``"1.20 s"`` or ``"3 min 5 s"``.
     """
     if not math.isfinite(seconds):
-        return _MISSING
+        return MISSING
     if seconds < 1:
         return f"{number(1e3 * seconds, 2)} ms"
     if seconds < 60:
@@ -185,4 +185,4 @@ def _exponent(value: float, digits: int) -> int:
 
 
 def _signed(text: str) -> str:
-    return text.replace("-", _MINUS)
+    return text.replace("-", MINUS)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -26,6 +26,7 @@ __all__ = [
     "Verdict",
     "render",
     "write",
+    "write_json",
 ]
 
 Tone = Literal["", "good", "warn", "bad", "muted"]
@@ -292,19 +293,57 @@ def write(report: Report, path: Path) -> Path:
             for section in report.sections
         },
     }
-    text = json.dumps(_finite(to_jsonable(results)), indent=1, allow_nan=False)
-    page = render(report)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
-        path.with_name("result.json").write_text(text + "\n", encoding="utf-8")
+        path.write_text(render(report), encoding="utf-8")
     except OSError as error:
-        raise OptionError(
-            f"the report cannot be written ({error.strerror or error})",
-            where=str(path),
-            advice="Choose a folder that you may write to.",
-        ) from error
+        _refuse_to_write(path, error)
+    write_json(results, path.with_name("result.json"))
     return path
+
+
+def write_json(result: Any, path: Path) -> Path:
+    """Write numbers as JSON, with null in place of NaN and infinity.
+
+    Parameters
+    ----------
+    result
+        Whatever `to_jsonable` takes.
+    path
+        The file.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    OptionError
+        When it cannot be written.
+    """
+    text = json.dumps(_finite(to_jsonable(result)), indent=1, allow_nan=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        _refuse_to_write(path, error)
+    return path
+
+
+def _refuse_to_write(path: Path, error: OSError) -> NoReturn:
+    """Say why a file could not be written.
+
+    Raises
+    ------
+    OptionError
+        Always.
+    """
+    raise OptionError(
+        f"cannot be written ({error.strerror or error})",
+        where=str(path),
+        advice="Choose a folder that you may write to.",
+    ) from error
 
 
 def _finite(value: Any) -> Any:

@@ -1,0 +1,277 @@
+"""The commands as frozen settings; what they need is imported when they run."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pushforward.cli.options import LawOptions, NetworkOptions
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pushforward.cli.loading import LoadedLaw
+    from pushforward.runs.estimate import Estimate
+
+__all__ = ["Demo", "Expect", "Report"]
+
+_DIGITS = tuple("0123456789")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write one HTML page: expected outputs, spread and tails beside a Monte Carlo check, and the cost of both.
+
+    Parameters
+    ----------
+    network
+        The network.
+    law
+        The law of its inputs.
+    output
+        Folder for index.html and result.json.
+    labels
+        Names of the outputs, in order.
+    events
+        Events whose probability is wanted, such as 'f[cat] > f[dog]' or 'f[3] - 2*f[1] > 0.5', with labels or
+        indices in the brackets. Default: each output far above its mean, and the likely confusions.
+    samples
+        Forward passes of the Monte Carlo check.
+    order
+        Highest order of the propagation.
+    seed
+        Of the Monte Carlo check.
+    title
+        Heading of the page.
+    """
+
+    network: NetworkOptions
+    law: LawOptions
+    output: Path = Path("report")
+    labels: tuple[str, ...] = ()
+    events: tuple[str, ...] = ()
+    samples: int = 100_000
+    order: Literal[1, 2, 3] = 3
+    seed: int = 0
+    title: str = ""
+
+    def run(self, command: str) -> None:
+        """Write the page and print where it is.
+
+        Parameters
+        ----------
+        command
+            How the page can be made again, shown on it.
+        """
+        from pushforward.cli.loading import load_law, load_network
+        from pushforward.networks.graph import read_network
+        from pushforward.report import page
+        from pushforward.report.events import output_labels, parse_event
+        from pushforward.report.expected_output import expected_output_section
+
+        net = load_network(self.network, seed=self.seed)
+        loaded = load_law(self.law, device=self.network.device)
+        outputs = read_network(net, loaded.law.event_shape).output.linear.out_features
+        labels = output_labels(self.labels or None, outputs)
+        section = expected_output_section(
+            net,
+            loaded.law,
+            labels=labels,
+            events=[parse_event(text, labels) for text in self.events] or None,
+            data=loaded.examples,
+            num_samples=self.samples,
+            seed=self.seed,
+            highest_order=self.order,
+        )
+        factory = self.network.network.rpartition(":")[2]
+        written = page.write(
+            page.Report(
+                title=self.title or f"What {factory} does on average and in its tails",
+                subtitle=_subtitle(self, net, loaded),
+                sections=(section,),
+                environment=_environment(self, net, loaded, command),
+            ),
+            self.output / "index.html",
+        )
+        print(section.verdict.headline)
+        print(f"Report: {written}")
+
+
+@dataclass(frozen=True)
+class Expect:
+    """Print the expected output of a network with its error bar.
+
+    Parameters
+    ----------
+    network
+        The network.
+    law
+        The law of its inputs.
+    tolerance
+        Wanted standard error, in standard deviations of each output.
+    max_samples
+        Most forward passes to spend when propagation alone is not accurate enough.
+    labels
+        Names of the outputs, in order.
+    seed
+        Of the samples, if any are drawn.
+    json
+        Write the result to this file too.
+    """
+
+    network: NetworkOptions
+    law: LawOptions
+    tolerance: float = 1e-3
+    max_samples: int = 1_000_000
+    labels: tuple[str, ...] = ()
+    seed: int = 0
+    json: Path | None = None
+
+    def run(self, command: str) -> None:
+        """Print the table, and write the JSON file.
+
+        Parameters
+        ----------
+        command
+            How the result can be made again, kept in the JSON file.
+        """
+        from pushforward.cli.loading import load_law, load_network
+        from pushforward.cumulants.expectation import expect
+        from pushforward.report.events import output_labels
+
+        net = load_network(self.network, seed=self.seed)
+        loaded = load_law(self.law, device=self.network.device)
+        estimate = expect(
+            net,
+            loaded.law,
+            tolerance=self.tolerance,
+            max_samples=self.max_samples,
+            seed=self.seed,
+        )
+        labels = output_labels(self.labels or None, estimate.value.numel())
+        _print_estimate(estimate, labels, self.network.network)
+        if self.json is not None:
+            from pushforward.report.page import write_json
+
+            write_json({"command": command, "labels": labels, **estimate.to_dict()}, self.json)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train a small classifier of handwritten digits, and report on it.
+
+    Parameters
+    ----------
+    output
+        Folder for the page, the weights and the data.
+    samples
+        Forward passes of the Monte Carlo check.
+    epochs
+        Passes over the training data.
+    seed
+        Of the training and of the Monte Carlo check.
+    """
+
+    output: Path = Path("demo")
+    samples: int = 100_000
+    epochs: int = 30
+    seed: int = 0
+
+    def run(self, command: str) -> None:  # noqa: ARG002 - the report names the command that makes it
+        """Train, then run ``pushforward report`` on what was saved.
+
+        Parameters
+        ----------
+        command
+            Not used: the page shows the command that makes the report.
+
+        Raises
+        ------
+        SystemExit
+            With the code of the report when it fails.
+        """
+        from pushforward.cli import main
+        from pushforward.cli.demo import prepare_digits
+
+        print("Training a classifier of handwritten digits ...")
+        trained = prepare_digits(self.output, seed=self.seed, epochs=self.epochs)
+        print(f"{100 * trained.accuracy:.1f} % of {trained.num_test} held-out digits are correct.")
+        arguments = [
+            "report",
+            "pushforward.cli.demo:digits_classifier",
+            *("--weights", str(trained.weights)),
+            *("--data", str(trained.data)),
+            *("--labels", *_DIGITS),
+            *("--samples", str(self.samples)),
+            *("--seed", str(self.seed)),
+            *("--title", "A classifier of handwritten digits"),
+            *("--output", str(self.output)),
+        ]
+        code = main(arguments)
+        if code:
+            raise SystemExit(code)
+        print(f"Make it again: {shlex.join(['pushforward', *arguments])}")
+
+
+def _subtitle(settings: Report, net: nn.Module, loaded: LoadedLaw) -> str:
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    shape = " × ".join(map(str, loaded.law.event_shape))
+    source = "N(0, I)"
+    if loaded.examples is not None and settings.law.data is not None:
+        source = (
+            f"the Gaussian law of {len(loaded.examples):,} examples in {settings.law.data.name}"
+        )
+    return f"{settings.network.network}, {parameters:,} parameters, inputs of shape {shape} from {source}"
+
+
+def _environment(
+    settings: Report, net: nn.Module, loaded: LoadedLaw, command: str
+) -> dict[str, str]:
+    import datetime
+    import hashlib
+    import platform
+
+    import torch
+
+    from pushforward import __version__
+
+    weights = "as the factory made them"
+    if settings.network.weights is not None:
+        digest = hashlib.sha256(settings.network.weights.read_bytes()).hexdigest()
+        weights = f"{settings.network.weights} (SHA-256 {digest[:16]}…)"
+    parameter = next(net.parameters(), None)
+    precision = "" if parameter is None else str(parameter.dtype).removeprefix("torch.")
+    return {
+        "Command": command,
+        "Weights": weights,
+        "Law": repr(loaded.law),
+        "Network precision": precision or "no parameters",
+        "Seed": str(settings.seed),
+        "Device": f"{settings.network.device}, {torch.get_num_threads()} threads",
+        "pushforward": __version__,
+        "PyTorch": torch.__version__,
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "Made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
+    }
+
+
+def _print_estimate(estimate: Estimate, labels: tuple[str, ...], name: str) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from pushforward.report.formatting import with_error
+
+    table = Table("output", title=f"Expected output of {escape(name)}", title_justify="left")
+    table.add_column("mean ± standard error", justify="right")
+    values, errors = estimate.value.flatten().tolist(), estimate.standard_error.flatten().tolist()
+    for label, value, error in zip(labels, values, errors, strict=True):
+        table.add_row(escape(label), with_error(value, error))
+    console = Console()
+    console.print(table)
+    console.print(f"By {estimate.method}. Cost: {estimate.cost}.", markup=False, highlight=False)
+    for check in estimate.checks:
+        if check.status != "pass":
+            console.print(str(check), markup=False, highlight=False)

@@ -1,0 +1,62 @@
+"""Settings that several commands share. Importing them costs nothing: no torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+__all__ = ["LawOptions", "NetworkOptions"]
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """The network.
+
+    Parameters
+    ----------
+    network
+        Where its factory is: package.module:function. The current folder is searched too.
+    weights
+        A safetensors file with the parameters and buffers of the network, exactly. Without it the
+        network is taken as the factory makes it.
+    factory_options
+        Keyword arguments of the factory as a JSON object, such as '{"width": 64}'.
+    device
+        Where to compute: cpu, cuda, cuda:1, ...
+    """
+
+    network: tyro.conf.Positional[str]
+    weights: Path | None = None
+    factory_options: str = "{}"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class LawOptions:
+    """The law of the inputs: that of data, or the standard normal law.
+
+    Parameters
+    ----------
+    data
+        A NumPy archive (.npz) with an array of examples (N, ...). The law has their mean and covariance.
+    key
+        Name of the array. Default: x, inputs, data or X, or the only array of examples.
+    scale
+        The data are multiplied by it: 0.00392157 takes bytes to [0, 1].
+    covariance
+        What to keep of the covariance.
+    input_shape
+        Shape in which the network takes one example, such as 1 28 28. Default: as the data have it.
+    standard
+        Instead of data: the shape of one example, whose entries are independent standard normal.
+    """
+
+    data: Path | None = None
+    key: str | None = None
+    scale: float = 1.0
+    covariance: Literal["full", "diagonal", "isotropic"] = "full"
+    input_shape: tuple[int, ...] = ()
+    standard: tuple[int, ...] = ()
