@@ -1,13 +1,13 @@
 """Ours beside the published code of cumulant propagation, in one process: time and agreement.
 
-The published code (arXiv 2605.05179) is the repository alignment-research-center/mlp_cumulant_propagation
-on GitHub; it needs Python 3.12 and its own dependencies. Give the path of a clone:
+The published code (arXiv 2605.05179) is alignment-research-center/mlp_cumulant_propagation on
+GitHub; it needs Python 3.12 and its own dependencies. Give the path of a clone:
 
     python benchmarks/published_code.py --rival PATH
 
-Both get the same He-initialised ReLU networks with 4 hidden layers and a standard Gaussian input, one thread, and
-return the expected outputs only. Ours runs its published form (no exact kernel, no propagation on the sphere) for
-the agreement and its defaults for the time.
+Both get the same He-initialised ReLU networks with 4 hidden layers and a standard Gaussian input,
+one thread, float64; theirs returns the expected outputs only. Ours runs its published form (no
+exact kernel, no propagation on the sphere) for the agreement and its defaults for the time.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,23 +54,29 @@ def main(argv: list[str] | None = None) -> None:
     for width in options.widths:
         net = he_network(width, 4, seed=width).double()
         theirs = MLP(input_dim=width, hidden_dim=width, output_dim=width, num_layers=5)
-        for parameter, ours in zip(theirs.parameters(), net.parameters(), strict=True):
-            parameter.copy_(ours)
+        for parameter, weight in zip(theirs.parameters(), net.parameters(), strict=True):
+            parameter.copy_(weight)
         law = pf.GaussianLaw.standard(width, dtype=torch.float64)
         tower = {1: torch.zeros(width), 2: torch.eye(width)}
         for name, (ours_options, rival_options) in VARIANTS.items():
             rival_options = dict(rival_options)
             kind = AUGMENT if rival_options.pop("augment", False) else SIMPLE
 
-            def published(o: dict[str, Any] = rival_options, k: Any = kind, m: Any = theirs) -> Any:
-                return mlp_kprop(m, tower, kind=k, use_avg_metric=False, output_d_max=1, **o)
+            published = partial(
+                mlp_kprop,
+                theirs,
+                tower,
+                kind=kind,
+                use_avg_metric=False,
+                output_d_max=1,
+                **rival_options,
+            )
 
             plain = dict(ours_options, standard_error=False, exact_above=None, angular=False)
             mean = pf.propagate(net, law, **plain).mean
             difference = float((mean - published()[1].to_tensor()).abs().max())
-            mine = best_time(
-                lambda o=ours_options, n=net: pf.propagate(n, law, standard_error=False, **o), 10
-            )
+            ours = partial(pf.propagate, net, law, standard_error=False, **ours_options)
+            mine = best_time(ours, 10)
             other = best_time(published, 3)
             row = {
                 "width": width,

@@ -7,11 +7,13 @@ import pytest
 import torch
 from numpy.polynomial import hermite_e
 from scipy.integrate import quad
+from scipy.special import ndtr
 
 from pushforward.gaussians.hermite import (
     gauss_legendre,
     hermite_functions,
     hermite_polynomials,
+    normal_cdf,
     normal_density,
     upper_moments,
 )
@@ -23,6 +25,13 @@ def test_density_is_the_standard_normal_one():
     expected = [math.exp(-x * x / 2) / math.sqrt(2 * math.pi) for x in X.tolist()]
     torch.testing.assert_close(normal_density(X), torch.tensor(expected).double())
     assert quad(lambda x: float(normal_density(torch.tensor(x))), -9, 9)[0] == pytest.approx(1.0)
+
+
+def test_distribution_function_keeps_its_digits_far_out():
+    x = torch.linspace(-37, 9, 47, dtype=torch.float64)
+    expected = torch.from_numpy(ndtr(x.numpy()))
+    torch.testing.assert_close(normal_cdf(x), expected, rtol=1e-12, atol=0)
+    assert torch.autograd.gradcheck(normal_cdf, torch.linspace(-6, 6, 9).double().requires_grad_())
 
 
 @pytest.mark.parametrize("max_degree", [0, 1, 2, 9])

@@ -22,7 +22,7 @@ _DIGITS = tuple("0123456789")
 
 @dataclass(frozen=True)
 class Report:
-    """Write one HTML page: expected outputs, spread and tails beside a Monte Carlo check, and the cost of both.
+    """Write one HTML page: expected outputs, spread and tails, each beside a Monte Carlo check.
 
     Parameters
     ----------
@@ -35,8 +35,8 @@ class Report:
     labels
         Names of the outputs, in order.
     events
-        Events whose probability is wanted, such as 'f[cat] > f[dog]' or 'f[3] - 2*f[1] > 0.5', with labels or
-        indices in the brackets. Default: each output far above its mean, and the likely confusions.
+        Events whose probability is wanted, such as 'f[cat] > f[dog]' or 'f[3] - 2*f[1] > 0.5', with
+        labels or indices in the brackets. Default: outputs far above their mean, likely confusions.
     samples
         Forward passes of the Monte Carlo check.
     order
@@ -179,7 +179,7 @@ class Demo:
     epochs: int = 30
     seed: int = 0
 
-    def run(self, command: str) -> None:  # noqa: ARG002 - the report names the command that makes it
+    def run(self, command: str) -> None:  # noqa: ARG002 - one form for all
         """Train, then run ``pushforward report`` on what was saved.
 
         Parameters
@@ -216,14 +216,17 @@ class Demo:
 
 
 def _subtitle(settings: Report, net: nn.Module, loaded: LoadedLaw) -> str:
+    from pushforward.report.formatting import TIMES
+
     parameters = sum(parameter.numel() for parameter in net.parameters())
-    shape = " × ".join(map(str, loaded.law.event_shape))
-    source = "N(0, I)"
-    if loaded.examples is not None and settings.law.data is not None:
-        source = (
-            f"the Gaussian law of {len(loaded.examples):,} examples in {settings.law.data.name}"
-        )
-    return f"{settings.network.network}, {parameters:,} parameters, inputs of shape {shape} from {source}"
+    network = f"{settings.network.network}, {parameters:,} parameters"
+    shape = f" {TIMES} ".join(map(str, loaded.law.event_shape))
+    if loaded.examples is None or settings.law.data is None:
+        return f"{network}, inputs of shape {shape} from N(0, I)"
+    count, name = len(loaded.examples), settings.law.data.name
+    return (
+        f"{network}, inputs of shape {shape} from the Gaussian law of {count:,} examples in {name}"
+    )
 
 
 def _environment(
@@ -264,12 +267,13 @@ def _print_estimate(estimate: Estimate, labels: tuple[str, ...], name: str) -> N
 
     from pushforward.report.formatting import with_error
 
-    table = Table("output", title=f"Expected output of {escape(name)}", title_justify="left")
+    table = Table("output")
     table.add_column("mean ± standard error", justify="right")
     values, errors = estimate.value.flatten().tolist(), estimate.standard_error.flatten().tolist()
     for label, value, error in zip(labels, values, errors, strict=True):
         table.add_row(escape(label), with_error(value, error))
     console = Console()
+    console.print(f"Expected output of {name}", markup=False, highlight=False)
     console.print(table)
     console.print(f"By {estimate.method}. Cost: {estimate.cost}.", markup=False, highlight=False)
     for check in estimate.checks:

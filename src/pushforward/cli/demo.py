@@ -1,4 +1,4 @@
-"""The network of the demonstration: a small classifier of handwritten digits, trained in seconds."""
+"""The network of the demonstration: a classifier of handwritten digits, trained in seconds."""
 
 from __future__ import annotations
 

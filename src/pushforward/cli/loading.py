@@ -54,7 +54,7 @@ def load_network(options: NetworkOptions, *, seed: int = 0) -> nn.Module:
     options
         What to load.
     seed
-        Of PyTorch's global generator while the factory runs, so that random weights are the same ones
+        Of PyTorch's global generator while the factory runs, so that random weights are the same
         each time. The generator is put back afterwards.
 
     Returns
@@ -86,7 +86,7 @@ def load_network(options: NetworkOptions, *, seed: int = 0) -> nn.Module:
             raise NetworkError(
                 f"calling it raised {type(error).__name__}: {error}",
                 where=where,
-                advice="The factory must work with the keyword arguments of --factory-options alone.",
+                advice="It is called with the keyword arguments of --factory-options alone.",
             ) from error
     if not isinstance(net, nn.Module):
         raise NetworkError(
@@ -156,7 +156,8 @@ def load_law(options: LawOptions, *, device: str = "cpu") -> LoadedLaw:
     Raises
     ------
     OptionError
-        When data and the standard law are asked for both or neither, or a shape or scale is impossible.
+        When both or neither of data and the standard law are asked for, or a size or the scale is
+        impossible.
     ShapeError
         When the data do not have the shape asked for.
     """
@@ -198,7 +199,7 @@ def load_data(path: Path, *, key: str | None = None) -> Tensor:
     path
         ``.npz`` (or ``.npy``, a single array).
     key
-        Name of the array; default x, inputs, data or X, or the only array of two or more dimensions.
+        Name of the array; default x, inputs, data or X, or the only one with two or more axes.
 
     Returns
     -------
@@ -208,8 +209,8 @@ def load_data(path: Path, *, key: str | None = None) -> Tensor:
     Raises
     ------
     DataError
-        When the file cannot be read or holds pickled objects, the array is missing, not numeric, empty, or has
-        NaN or infinite entries.
+        When the file cannot be read or holds pickled objects, the array is missing, not numeric,
+        empty, or has NaN or infinite entries.
     """
     where = str(path)
     try:
@@ -228,7 +229,7 @@ def load_data(path: Path, *, key: str | None = None) -> Tensor:
             if pickled
             else f"it cannot be read ({error})",
             where=where,
-            advice="Save plain numeric arrays with numpy.savez(path, x=examples); pickles are never loaded.",
+            advice="Save numeric arrays with numpy.savez(path, x=examples); pickles are not read.",
         ) from error
     if array.dtype.kind not in "fiub":
         raise DataError(
@@ -249,7 +250,7 @@ def load_data(path: Path, *, key: str | None = None) -> Tensor:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.zeros(1, dtype=torch.float64, device=device)
+        torch.zeros(1, dtype=torch.float64, device=device).item()
     except Exception as error:  # each backend fails in its own way
         reason = str(error).partition("\n")[0]
         raise OptionError(
@@ -332,8 +333,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"not a complete safetensors file ({error})",
             where=str(path),
-            advice="Write it with safetensors.torch.save_file(net.state_dict(), path); other formats, pickles "
-            "included, are not read.",
+            advice="Write it with safetensors.torch.save_file(net.state_dict(), path); other "
+            "formats, pickles included, are not read.",
         ) from error
 
 

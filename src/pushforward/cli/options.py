@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -28,7 +28,7 @@ class NetworkOptions:
         Where to compute: cpu, cuda, cuda:1, ...
     """
 
-    network: tyro.conf.Positional[str]
+    network: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODULE:FACTORY")]
     weights: Path | None = None
     factory_options: str = "{}"
     device: str = "cpu"
@@ -41,7 +41,8 @@ class LawOptions:
     Parameters
     ----------
     data
-        A NumPy archive (.npz) with an array of examples (N, ...). The law has their mean and covariance.
+        A NumPy archive (.npz) with an array of examples (N, ...), whose mean and covariance the law
+        has.
     key
         Name of the array. Default: x, inputs, data or X, or the only array of examples.
     scale

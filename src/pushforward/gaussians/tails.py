@@ -9,8 +9,8 @@ Standardise ``X = k1 + sqrt(k2) Z`` and write ``c3 = k3 / k2^{3/2}``, ``c4 = k4 
   (0, 1). With ``K(t) = t^2/2 + c3 t^3/6 + c4 t^4/24``, ``K'(t) = z``, ``r = sign(t) sqrt(2 (t z -
   K))`` and ``u = t sqrt(K''(t))``, ``P(Z > z) = Phi(-r - log(u / r) / r)``. The argument is
   replaced by its running maximum away from the mean, which changes nothing unless it fails to
-  increase: the result is monotone (to 1e-4 where the cumulants are too large for any expansion,
-  |c3| > 1 or c4 < -0.5).
+  increase: the result is monotone (to 2e-3 where the cumulants are too large for any expansion,
+  |c3| > 1 or c4 < -0.5). Beyond |c3| = 5 and -5 <= c4 <= 100 the cumulants are cut off.
 
 Four cumulants need not belong to a convex ``K``. On the side of the mean where the quartic bends
 the wrong way, its cubic and quartic terms are multiplied by ``exp(-b t^2 / 2)`` with the smallest
@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pushforward.errors import OptionError
-from pushforward.gaussians.hermite import hermite_polynomials, normal_density
+from pushforward.gaussians.hermite import hermite_polynomials, normal_cdf, normal_density
 
 __all__ = ["TailMethod", "quantile", "tail_probability"]
 
@@ -39,6 +39,9 @@ TailMethod = Literal["saddlepoint", "edgeworth", "gaussian"]
 # fraction.
 _LEAST_CURVATURE = 0.1
 _LARGEST_TILT = 40.0
+# What a propagation gives beyond these has broken down; the bisections below need some bound.
+_LARGEST_SKEW = 5.0
+_LEAST_KURTOSIS, _LARGEST_KURTOSIS = -5.0, 100.0
 _BISECTIONS = 60
 _ENVELOPE_NODES = 48
 
@@ -137,19 +140,21 @@ def quantile(
 
 
 def _gaussian(z: Tensor, c3: Tensor, c4: Tensor) -> Tensor:  # noqa: ARG001 - one signature for all
-    return torch.special.ndtr(-z)
+    return normal_cdf(-z)
 
 
 def _edgeworth(z: Tensor, c3: Tensor, c4: Tensor) -> Tensor:
+    z = z.clamp(-_LARGEST_TILT, _LARGEST_TILT)
     he = hermite_polynomials(z, 5)
     correction = c3 / 6 * he[2] + c4 / 24 * he[3] + c3**2 / 72 * he[5]
-    return (torch.special.ndtr(-z) + normal_density(z) * correction).clamp(0, 1)
+    return (normal_cdf(-z) + normal_density(z) * correction).clamp(0, 1)
 
 
 def _saddlepoint(z: Tensor, c3: Tensor, c4: Tensor) -> Tensor:
     # Reflect so that z >= 0 and only t >= 0 is needed: P(Z > z) = 1 - P(-Z > -z).
     side = torch.where(z < 0, -torch.ones_like(z), torch.ones_like(z))
-    z, c3 = (side * z).clamp(max=_LARGEST_TILT), side * c3
+    z, c3 = (side * z).clamp(max=_LARGEST_TILT), (side * c3).clamp(-_LARGEST_SKEW, _LARGEST_SKEW)
+    c4 = c4.clamp(_LEAST_KURTOSIS, _LARGEST_KURTOSIS)
     damping = _convex_damping(c3, c4)
     tilt = _solve_tilt(z, c3, c4, damping)
     fraction = torch.linspace(0, 1, _ENVELOPE_NODES, dtype=z.dtype, device=z.device)
@@ -158,7 +163,7 @@ def _saddlepoint(z: Tensor, c3: Tensor, c4: Tensor) -> Tensor:
     root, highest = roots[..., -1], roots.amax(-1)
     # The comparison, rather than the maximum itself, keeps the gradient whole where all roots tie
     # (z = 0).
-    return torch.special.ndtr(-side * torch.where(highest > root, highest, root))
+    return normal_cdf(-side * torch.where(highest > root, highest, root))
 
 
 _METHODS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -199,7 +204,7 @@ def _convex_damping(c3: Tensor, c4: Tensor) -> Tensor:
     """Smallest damping on a geometric grid for which ``K''`` stays positive for ``t > 0``."""
     # As far as `_solve_tilt` looks: a slight negative c4 bends K only at large t.
     farthest = math.sqrt(_LARGEST_TILT / _LEAST_CURVATURE)
-    t = torch.linspace(0, farthest, 512, dtype=c3.dtype, device=c3.device) ** 2
+    t = torch.linspace(0, farthest, 256, dtype=c3.dtype, device=c3.device) ** 2
     damping = torch.zeros_like(c3)
     for step in range(80):
         curvature = _tilted(t, c3[..., None], c4[..., None], damping[..., None])[1]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pushforward.cumulants.output import OutputLaw
 from pushforward.errors import OptionError
+from pushforward.report.formatting import MINUS
 
 __all__ = ["Event", "default_events", "functional_name", "output_labels", "parse_event"]
 
@@ -83,7 +84,7 @@ def output_labels(labels: Sequence[str] | None, outputs: int) -> tuple[str, ...]
 def default_events(law: OutputLaw, labels: Sequence[str]) -> tuple[Event, ...]:
     """Events worth asking for when none are given.
 
-    Each output two and three standard deviations above its mean, and, for several outputs, those that are
+    Each output two and three standard deviations above its mean, and, for several outputs, those
     most likely to exceed the one with the largest mean: the likely confusions of a classifier.
 
     Parameters
@@ -127,8 +128,8 @@ def parse_event(text: str, labels: Sequence[str]) -> Event:
     Parameters
     ----------
     text
-        A linear inequality between outputs, such as ``"f[cat] - f[dog] > 0.5"``. What stands in the brackets
-        is a label or, where no label has that name, the index of an output.
+        A linear inequality between outputs, such as ``"f[cat] - f[dog] > 0.5"``. What stands in
+        the brackets is a label or, where no label has that name, the index of an output.
     labels
         Names of the outputs.
 
@@ -148,8 +149,9 @@ def parse_event(text: str, labels: Sequence[str]) -> Event:
     >>> event.functional.tolist(), event.threshold
     ([1.0, -2.0], 1.0)
     """
-    left, relation, right = re.match(r"([^<>]*)([<>]?)(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
-    if not relation:
+    relation = ">" if ">" in text else "<"
+    left, found, right = text.partition(relation)
+    if not found:
         _refuse(text, "it has no '>' or '<'")
     larger, smaller = (left, right) if relation == ">" else (right, left)
     a, b = _linear_form(larger, labels, text), _linear_form(smaller, labels, text)
@@ -179,7 +181,7 @@ def functional_name(functional: Float[Tensor, " K"], labels: Sequence[str]) -> s
     ]
     text = ""
     for value, label in terms[:4]:
-        sign = "−" if value < 0 else "+" if text else ""
+        sign = MINUS if value < 0 else "+" if text else ""
         factor = "" if abs(value) == 1 else f"{abs(value):.3g} "
         text += f" {sign} {factor}f[{label}]" if text else f"{sign}{factor}f[{label}]"
     return text + (" + …" if len(terms) > 4 else "")

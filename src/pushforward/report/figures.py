@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pushforward.report.comparison import TailCurve
-from pushforward.report.formatting import power_of_ten
+from pushforward.report.formatting import MINUS, power_of_ten
 
 __all__ = ["Interval", "can_draw", "spread_svg", "tail_curves_svg"]
 
-# Matplotlib knows fixed colours only: these stand for the page's variables until the SVG is written.
+# Matplotlib knows fixed colours only: these stand for the page's variables in a finished SVG.
 _INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
 _PROPAGATED, _SAMPLED, _PAPER = "#040404", "#050505", "#060606"
 _VARIABLES = {
@@ -141,7 +141,7 @@ def spread_svg(intervals: Sequence[Interval], key: str) -> str:
         left.set_ylim(count - 0.4, -0.6)
         left.set_title("Mean, ± 1 and ± 2 standard deviations", loc="left")
         left.set_xlabel("output")
-        right.set_title("Propagated mean − sampled mean", loc="left")
+        right.set_title(f"Propagated mean {MINUS} sampled mean", loc="left")
         right.set_xlabel("standard deviations of the output")
         right.axvline(0, color=_MUTED, lw=1)
         right.locator_params(axis="x", nbins=6)

@@ -5,9 +5,21 @@ from __future__ import annotations
 import math
 
 __all__ = [
-    "MINUS", "MISSING", "TIMES", "duration", "number", "power_of_ten", "probability", "ratio", "scientific", "with_error"]
+    "MINUS",
+    "MISSING",
+    "TIMES",
+    "duration",
+    "interval",
+    "number",
+    "power_of_ten",
+    "probability",
+    "ratio",
+    "scientific",
+    "with_error",
+]
 
 MINUS, TIMES, MISSING = "\u2212", "\u00d7", "\u2013"
+_TIMES = f"\u00a0{TIMES}\u00a0"  # numbers do not break over lines
 _SUPERSCRIPTS = str.maketrans("-0123456789", "\u207b⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -28,8 +40,8 @@ def number(value: float, digits: int = 4) -> str:
 
     Examples
     --------
-    >>> number(1234.5678), number(476548, 2), number(0.000012, 2)
-    ('1,235', '480,000', '1.2 × 10⁻⁵')
+    >>> number(1234.5678), number(476548, 2), number(0.00012, 2)
+    ('1,235', '480,000', '0.00012')
     """
     if not math.isfinite(value):
         return MISSING
@@ -64,7 +76,7 @@ def scientific(value: float, digits: int = 3) -> str:
     if -2 <= exponent < 3:
         return _signed(f"{value:.{max(0, digits - 1 - exponent)}f}")
     mantissa = _signed(f"{value / 10.0**exponent:.{digits - 1}f}")
-    return f"{mantissa} {TIMES} {power_of_ten(exponent)}"
+    return f"{mantissa}{_TIMES}{power_of_ten(exponent)}"
 
 
 def power_of_ten(exponent: int) -> str:
@@ -132,6 +144,26 @@ def probability(value: float) -> str:
     return scientific(value, 3)
 
 
+def interval(lower: float, upper: float) -> str:
+    """An interval of probabilities, both ends with the same power of ten.
+
+    Parameters
+    ----------
+    lower, upper
+        In [0, 1].
+
+    Returns
+    -------
+    str
+        Such as ``"0.210 to 0.213"`` or ``"(1.4 to 3.2) × 10⁻⁴"``.
+    """
+    if not (math.isfinite(lower) and 0 < upper < 1e-2):
+        return f"{probability(lower)} to {probability(upper)}"
+    exponent = _exponent(upper, 2)
+    scale = 10.0**exponent
+    return f"({lower / scale:.1f} to {upper / scale:.1f}){_TIMES}{power_of_ten(exponent)}"
+
+
 def ratio(value: float) -> str:
     """How many times, with fewer digits the larger it is.
 
@@ -147,7 +179,7 @@ def ratio(value: float) -> str:
     """
     if not math.isfinite(value):
         return MISSING
-    return f"{number(value, 3 if value < 2 else 2)} {TIMES}"
+    return f"{number(value, 3 if value < 2 else 2)}\u00a0{TIMES}"
 
 
 def duration(seconds: float) -> str:

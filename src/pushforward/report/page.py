@@ -23,6 +23,7 @@ __all__ = [
     "Section",
     "Table",
     "Tile",
+    "Tone",
     "Verdict",
     "render",
     "write",
