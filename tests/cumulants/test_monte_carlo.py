@@ -8,6 +8,7 @@ from scipy import special
 from torch import nn
 
 from pushforward.cumulants import monte_carlo as module
+from pushforward.cumulants import sample_moments
 from pushforward.cumulants.designs import Antithetic, Frames, Plain, Sobol
 from pushforward.cumulants.laws import GaussianLaw
 from pushforward.cumulants.monte_carlo import SampledLaw, forward_flops, monte_carlo
@@ -124,7 +125,7 @@ class TestArithmetic:
         # points spans 16 blocks, which are cut into portions of 10 rows.
         law = standard(2)
         monkeypatch.setattr(module, "_BLOCK_ENTRIES", (3 * 64, 0))
-        monkeypatch.setattr(module, "_PORTION_ENTRIES", (3 * 10, 0))
+        monkeypatch.setattr(sample_moments, "_PORTION_ENTRIES", (3 * 10, 0))
         result = monte_carlo(rough, law, 10_001, design=design)
         points, layout = all_points(module.resolve_design(design), law, result)
         assert layout.block_size == 64

@@ -102,7 +102,9 @@ def test_linear_network_agrees_with_its_exact_law() -> None:
     # |z| < 4 for two means and two deviations: false alarm in 3 of 10,000 runs.
     spread = outputs.sampled_deviation - outputs.deviation
     assert float((spread / outputs.sampled_deviation_error).abs().max()) < 4
-    assert float(((outputs.sampled_mean - outputs.mean).abs()).max()) < 1e-9  # frames are exact here
+    assert (
+        float(((outputs.sampled_mean - outputs.mean).abs()).max()) < 1e-9
+    )  # frames are exact here
 
 
 def test_events_are_read_off_the_same_samples(law: GaussianLaw) -> None:
@@ -144,9 +146,7 @@ def test_costs_compare_at_equal_flops(result: Comparison) -> None:
         each = result.sampled.flops / result.sampled.num_samples
         assert cost.passes == pytest.approx(law.flops / each)
         assert cost.plain == pytest.approx(cost.passes**-0.5)
-        assert cost.designed == pytest.approx(
-            check.stated * math.sqrt(check.passes / cost.passes)
-        )
+        assert cost.designed == pytest.approx(check.stated * math.sqrt(check.passes / cost.passes))
     means = result.propagated[0].mean - result.sampled.mean
     difference = float(means.square().sum()) / total
     expected = math.sqrt(difference - check.stated**2)
@@ -301,11 +301,13 @@ def test_constant_network_is_reported_without_nan() -> None:
     law = GaussianLaw.standard(3, dtype=torch.float64)
     section = expected_output_section(net, law, num_samples=500, progress=False)
     assert section.verdict.status != "fail"
-    assert "nan" not in render(Report("Constant", "", (section,))).lower().replace("finance", "")
+    assert not re.search(r"\bnan\b", render(Report("Constant", "", (section,))), re.IGNORECASE)
 
 
 def test_requests_that_do_not_fit_are_refused(law: GaussianLaw, data: Tensor) -> None:
     net = small_network()
+    wide = Event("wide", torch.ones(5, dtype=torch.float64), 0.0)
+    batch = GaussianLaw(torch.zeros(2, 6), torch.tensor(1.0))
     with pytest.raises(OptionError, match="labels"):
         compare(net, law, labels=["a"], num_samples=500)
     with pytest.raises(OptionError, match="no events"):
@@ -313,10 +315,8 @@ def test_requests_that_do_not_fit_are_refused(law: GaussianLaw, data: Tensor) ->
     with pytest.raises(OptionError, match="highest_order"):
         compare(net, law, highest_order=4, num_samples=500)  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match="coefficients"):
-        wide = Event("wide", torch.ones(5, dtype=torch.float64), 0.0)
         compare(net, law, events=[wide], num_samples=500)
     with pytest.raises(ShapeError, match="examples of shape"):
         compare(net, law, data=data[:, :3], num_samples=500)
     with pytest.raises(LawError):
-        batch = GaussianLaw(torch.zeros(2, 6), torch.tensor(1.0))
         compare(net, batch, num_samples=500)

@@ -215,7 +215,7 @@ def load_data(path: Path, *, key: str | None = None) -> Tensor:
     where = str(path)
     try:
         # Objects are refused: reading them would run code from the file.
-        with _as_archive(np.load(path, allow_pickle=False)) as archive:
+        with path.open("rb") as file, _as_archive(np.load(file, allow_pickle=False)) as archive:
             name = _pick_key(archive, key, where)
             array = np.asarray(archive[name])
     except DataError:

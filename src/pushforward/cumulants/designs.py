@@ -430,9 +430,7 @@ def _haar_frames(
 
 def _sobol_engine(dimension: int, seed: int, replicate: int) -> torch.quasirandom.SobolEngine:
     key = stream(seed, "monte_carlo", "sobol", "scramble", replicate).initial_seed()
-    return torch.quasirandom.SobolEngine(  # type: ignore[no-untyped-call]
-        dimension, scramble=True, seed=key
-    )
+    return torch.quasirandom.SobolEngine(dimension, scramble=True, seed=key)
 
 
 def _sobol_points(engine: torch.quasirandom.SobolEngine, count: int) -> Float[Tensor, "count D"]:

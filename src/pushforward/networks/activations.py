@@ -119,8 +119,8 @@ def supported_activations() -> tuple[str, ...]:
 # --- the activations that ship -------------------------------------------------------------------
 
 
-def _leaky_relu(slope: float = 0.01, inplace: bool = False) -> Activation:  # noqa: ARG001
-    return PiecewisePolynomial("leaky_relu", (0.0,), ((0.0, float(slope)), (0.0, 1.0)))
+def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> Activation:  # noqa: ARG001
+    return PiecewisePolynomial("leaky_relu", (0.0,), ((0.0, float(negative_slope)), (0.0, 1.0)))
 
 
 def _relu(inplace: bool = False) -> Activation:  # noqa: ARG001

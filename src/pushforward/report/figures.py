@@ -195,8 +195,8 @@ def tail_curves_svg(curves: Sequence[TailCurve], key: str) -> str:
                 lw=0,
                 label="Monte Carlo, 95 % interval",
             )
-            seen = [(at, p) for at, p in zip(x, curve.sampled, strict=True) if p > 0]
-            axes.plot(*zip(*seen, strict=True), color=_SAMPLED, lw=1.8, label="Monte Carlo")
+            seen = [p if p > 0 else math.nan for p in curve.sampled]
+            axes.plot(x, seen, color=_SAMPLED, lw=1.8, label="Monte Carlo")
             axes.plot(
                 x, curve.gaussian, color=_MUTED, lw=1.2, ls=(0, (4, 3)), label="Gaussian tail"
             )
