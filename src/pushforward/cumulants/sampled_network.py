@@ -87,6 +87,8 @@ class SampledNetwork:
         ------
         LawError
             For a batch of laws.
+        NetworkError
+            For a network on several devices, or with dropout or BatchNorm in training mode.
         """
         if law.batch_shape:
             raise LawError(
