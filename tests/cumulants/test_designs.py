@@ -196,6 +196,7 @@ def test_first_sobol_point_is_not_rounded_to_single_precision():
     assert (corner[corner > 2**29] % 64 != 0).any()
 
 
+@pytest.mark.wrong_types  # a stand-in for the engine
 def test_sobol_survives_corners_of_the_cube(monkeypatch):
     # An engine that returns the extreme values, and a first point rounded up to one.
     class Corners:

@@ -10,8 +10,9 @@ s_j^2)`` and Hermite coefficients ``A[p, k]`` of ``(phi - phi(m))^p`` are all of
 Power cumulants ``P_p = kappa[psi_i^p]`` and ``P_pq = kappa[psi_i^p, psi_j^q]``, ``psi = phi(Z) -
 phi(m)``:
 
-    P_p  = A[p,0] + k3 A[p,3] / 6 + k4 A[p,4] / 24 P_pq = G_pq + B_ij A[p,2]_i A[q,1]_j / 2 + B_ji
-    A[p,1]_i A[q,2]_j / 2 + Q_ij A[p,2]_i A[q,2]_j / 4
+    P_p  = A[p,0] + k3 A[p,3] / 6 + k4 A[p,4] / 24
+    P_pq = G_pq + B_ij A[p,2]_i A[q,1]_j / 2 + B_ji A[p,1]_i A[q,2]_j / 2
+           + Q_ij A[p,2]_i A[q,2]_j / 4
 
 with ``G_pq`` the covariance for Gaussian units, as a series in ``rho`` for weakly and exactly for
 strongly correlated pairs. Cumulants follow from power cumulants: ``K_21 = P_21 - 2 P_1 P_11`` and

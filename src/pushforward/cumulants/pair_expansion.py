@@ -2,9 +2,8 @@
 
 For standardised units the expansion of `activation_step` reads
 
-    P_pq = sum_k A[p,k]_i A[q,k]_j rho_ij^k / k!  +  A[p,2]_i A[q,1]_j B_ij / 2  +  A[p,1]_i
-    A[q,2]_j B_ji / 2
-           + A[p,2]_i A[q,2]_j Q_ij / 4.
+    P_pq = sum_k A[p,k]_i A[q,k]_j rho_ij^k / k!  +  A[p,2]_i A[q,1]_j B_ij / 2
+           + A[p,1]_i A[q,2]_j B_ji / 2  +  A[p,2]_i A[q,2]_j Q_ij / 4.
 
 Each term is a matrix times a product of two vectors. The matrices are worked through in blocks of
 rows that stay in the cache, and the few pairs that are strongly correlated are corrected

@@ -47,11 +47,11 @@ _ENVELOPE_NODES = 48
 
 
 def tail_probability(
-    threshold: Float[Tensor, "*k"],
-    mean: Float[Tensor, "*k"],
-    variance: Float[Tensor, "*k"],
-    third: Float[Tensor, "*k"] | None = None,
-    fourth: Float[Tensor, "*k"] | None = None,
+    threshold: Float[Tensor, "*#k"],
+    mean: Float[Tensor, "*#k"],
+    variance: Float[Tensor, "*#k"],
+    third: Float[Tensor, "*#k"] | None = None,
+    fourth: Float[Tensor, "*#k"] | None = None,
     method: TailMethod = "saddlepoint",
 ) -> Float[Tensor, "*k"]:
     """``P(X > threshold)`` of a scalar with the given cumulants.
@@ -93,11 +93,11 @@ def tail_probability(
 
 
 def quantile(
-    probability: Float[Tensor, "*k"],
-    mean: Float[Tensor, "*k"],
-    variance: Float[Tensor, "*k"],
-    third: Float[Tensor, "*k"] | None = None,
-    fourth: Float[Tensor, "*k"] | None = None,
+    probability: Float[Tensor, "*#k"],
+    mean: Float[Tensor, "*#k"],
+    variance: Float[Tensor, "*#k"],
+    third: Float[Tensor, "*#k"] | None = None,
+    fourth: Float[Tensor, "*#k"] | None = None,
     method: TailMethod = "saddlepoint",
 ) -> Float[Tensor, "*k"]:
     """The value that ``X`` does not exceed with the given probability, by bisection.

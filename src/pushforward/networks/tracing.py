@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,6 +89,10 @@ _PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 _QUOTIENTS = (operator.truediv, operator.itruediv, torch.div, "div", "div_")
 _NEGATIONS = (operator.neg, torch.neg, "neg")
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
+_IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ipow")
+# The batch size that shape queries report. No number of features is equal to it by accident, so a
+# reshaping that mixes examples shows; nothing of this size is ever computed.
+_SHADOW_BATCH = 7919
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,7 @@ def trace_forms(
             advice="Python control flow on tensor values has no cumulants; express the network by "
             "modules and elementwise functions, or use pushforward.monte_carlo.",
         ) from error
+    _refuse_overwritten_values(traced, net)
     for node in reversed(traced.nodes):
         if not node.users and node.op not in {"placeholder", "output"}:
             traced.erase_node(node)
@@ -175,6 +182,7 @@ class _Reader:
 
     def run(self, traced: fx.Graph) -> Form:
         values: dict[fx.Node, Any] = {}
+        calls: Counter[str] = Counter()
         inputs = 0
         for node in traced.nodes:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
@@ -192,11 +200,13 @@ class _Reader:
                 )
             elif node.op == "get_attr":
                 constant = operator.attrgetter(str(node.target))(self.net)
-                values[node] = (
-                    constant.to(torch.float64) if isinstance(constant, Tensor) else constant
-                )
+                is_float = isinstance(constant, Tensor) and constant.is_floating_point()
+                values[node] = constant.to(torch.float64) if is_float else constant
             elif node.op == "call_module":
-                values[node] = self.module(str(node.target), args, kwargs)
+                path = str(node.target)
+                name = f"{path}_{calls[path]}" if calls[path] else path
+                calls[path] += 1
+                values[node] = self.module(self.net.get_submodule(path), name, args, kwargs)
             elif node.op in {"call_function", "call_method"}:
                 values[node] = self.call(node.name, node.target, args, kwargs)
             else:
@@ -211,8 +221,9 @@ class _Reader:
 
     # --- modules ---------------------------------------------------------------------------------
 
-    def module(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module = self.net.get_submodule(path)
+    def module(
+        self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         form = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(form, Form) or len(args) + len(kwargs) != 1:
             raise self.unsupported(path, type(module).__name__, "it takes more than one input")
@@ -236,21 +247,16 @@ class _Reader:
         if isinstance(module, _POOLINGS):
             return self.structured(path, type(module).__name__, module.forward, form)
         if isinstance(module, nn.Flatten):
-            shape = tuple(
-                torch.empty(1, *form.shape, device="meta")
-                .flatten(module.start_dim, module.end_dim)
-                .shape
-            )
-            return self.reshaped(path, "Flatten", form, shape, 1)
+            return self.reshaped(path, "Flatten", form, module)
         if isinstance(module, nn.Unflatten):
-            shape = tuple(module(torch.empty(1, *form.shape, device="meta")).shape)
-            return self.reshaped(path, "Unflatten", form, shape, 1)
+            return self.reshaped(path, "Unflatten", form, module)
         raise self.unsupported(path, type(module).__name__, "")
 
     def linear(self, path: str, form: Form, weight: Tensor, bias: Tensor | None) -> Form:
-        if form.shape[-1] != weight.shape[1]:
+        if form.shape[-1:] != weight.shape[1:]:
+            features = form.shape[-1] if form.shape else "a scalar"
             raise ShapeError(
-                f"expects {weight.shape[1]} features but gets {form.shape[-1]} "
+                f"expects {weight.shape[1]} features but gets {features} "
                 f"(one example has shape {form.shape} there)",
                 where=f"module {path!r} (Linear)",
                 advice="Check the dimension of the law, and Flatten before the first Linear layer.",
@@ -263,7 +269,7 @@ class _Reader:
             linear = Structured(
                 lambda x: x @ matrix.mT, form.shape, shape, _rows_flops(shape, matrix)
             )
-        offset = None if bias is None else bias.to(torch.float64)
+        offset = None if bias is None else bias.to(torch.float64).expand(shape).reshape(-1)
         return self.mapped(path, form, linear, offset, shape)
 
     def convolution(self, path: str, module: Any, form: Form) -> Form:
@@ -326,7 +332,10 @@ class _Reader:
         if not forms and not any(isinstance(a, Form) for a in _leaves((args, kwargs))):
             return self.plain(name, target, label, args, kwargs)
         if target in {getattr, "size", "dim"}:
-            return _shape_query(target, args)
+            answer = _shape_query(target, args)
+            if isinstance(answer, Tensor):
+                raise self.unsupported(name, f"the attribute {args[1]!r}", "")
+            return answer
         first, rest = args[0] if args else None, args[1:]
         if isinstance(first, Form) and not any(
             isinstance(a, Form) for a in _leaves((rest, kwargs))
@@ -402,26 +411,23 @@ class _Reader:
     def reshape_call(
         self, name: str, target: Any, label: str, form: Form, rest: Any, kwargs: dict[str, Any]
     ) -> Form:
-        # Sizes read off the traced graph are those of a batch of two, so -1 and x.size(0) both
-        # work.
-        shadow = torch.empty(2, *form.shape, device="meta")
+        def reshape(x: Tensor) -> Tensor:
+            call = getattr(x, target) if isinstance(target, str) else partial(target, x)
+            result: Tensor = call(*rest, **kwargs)
+            return result
+
+        return self.reshaped(name, label, form, reshape)
+
+    def reshaped(
+        self, name: str, label: str, form: Form, function: Callable[[Tensor], Tensor]
+    ) -> Form:
         try:
-            call = (
-                getattr(shadow, target)
-                if isinstance(target, str)
-                else lambda *a, **k: target(shadow, *a, **k)
-            )
-            shape = tuple(call(*rest, **kwargs).shape)
-        except RuntimeError as error:
+            shape = tuple(function(_shadow(form)).shape)
+        except (RuntimeError, IndexError) as error:
             raise ShapeError(
                 str(error), where=f"{label} ({name})", advice="Check the event_shape of the law."
             ) from error
-        return self.reshaped(name, label, form, shape, 2)
-
-    def reshaped(
-        self, name: str, label: str, form: Form, shape: tuple[int, ...], batch: int
-    ) -> Form:
-        if not shape or shape[0] != batch:
+        if not shape or shape[0] != _SHADOW_BATCH:
             raise self.unsupported(name, label, "it mixes the batch dimension into the features")
         return Form(form.maps, form.bias, shape[1:], form.name)
 
@@ -460,17 +466,30 @@ class _Reader:
     def structured(
         self, name: str, label: str, function: Callable[[Tensor], Tensor], form: Form
     ) -> Form:
-        probe = torch.zeros(2, *form.shape, dtype=torch.float64, device=self.device)
-        try:
-            shape = tuple(function(probe).shape)
-        except (RuntimeError, IndexError, TypeError) as error:
-            raise ShapeError(
-                str(error), where=f"{label} ({name})", advice="Check the event_shape of the law."
-            ) from error
-        if not shape or shape[0] != 2:
+        def image(batch: int) -> Tensor:
+            probe = torch.zeros(batch, *form.shape, dtype=torch.float64, device=self.device)
+            try:
+                return function(probe)
+            except (RuntimeError, IndexError, TypeError) as error:
+                raise ShapeError(
+                    str(error),
+                    where=f"{label} ({name})",
+                    advice="Check the event_shape of the law.",
+                ) from error
+
+        # Two sizes of batch, so that no dimension of the features passes for the batch.
+        two, three = image(2), image(3)
+        shape = tuple(two.shape[1:])
+        if (*two.shape[:1], *three.shape) != (2, 3, *shape):
             raise self.unsupported(name, label, "it mixes or drops the batch dimension")
-        linear = Structured(function, form.shape, shape[1:], float(math.prod(form.shape)))
-        return self.mapped(name, form, linear, None, shape[1:])
+        offset = two[0] if bool(two.any()) else None  # padding with a value is not linear
+
+        def linear_part(x: Tensor) -> Tensor:
+            return function(x) if offset is None else function(x) - offset
+
+        linear = Structured(linear_part, form.shape, shape, float(math.prod(form.shape)))
+        flat = None if offset is None else offset.reshape(-1)
+        return self.mapped(name, form, linear, flat, shape)
 
     def summed(self, name: str, a: Any, b: Any) -> Form:
         if not isinstance(a, Form):
@@ -534,12 +553,46 @@ class _Reader:
         )
 
 
+def _shadow(form: Form) -> Tensor:
+    """A batch of such values without storage, for the shapes of what becomes of it."""
+    return torch.empty(_SHADOW_BATCH, *form.shape, device="meta")
+
+
 def _shape_query(target: Any, args: tuple[Any, ...]) -> Any:
     form, rest = args[0], args[1:]
-    shadow = torch.empty(2, *form.shape, device="meta")
     if target is getattr:
-        return getattr(shadow, *rest)
-    return getattr(shadow, target)(*rest)
+        return getattr(_shadow(form), *rest)
+    return getattr(_shadow(form), target)(*rest)
+
+
+def _refuse_overwritten_values(traced: fx.Graph, net: nn.Module) -> None:
+    """An operation in place changes what later readers of its input see; a trace does not."""
+    order = {node: position for position, node in enumerate(traced.nodes)}
+    for node in traced.nodes:
+        if not _in_place(node, net) or not isinstance(node.args[0], fx.Node):
+            continue
+        later = [user for user in node.args[0].users if order[user] > order[node]]
+        if later:
+            label = str(node.target) if node.op == "call_module" else node.name
+            raise UnsupportedLayerError(
+                f"it changes its input in place, which {later[0].name!r} reads afterwards",
+                where=f"module {label!r}",
+                advice="Use the version that is not in place (inplace=False).",
+            )
+
+
+def _in_place(node: fx.Node, net: nn.Module) -> bool:
+    if not node.args:
+        return False
+    if node.op == "call_module":
+        return bool(getattr(net.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        own = getattr(node.target, "__module__", "") == "_operator" and name in _IN_PLACE_OPERATORS
+        return bool(node.kwargs.get("inplace", False)) or name.endswith("_") or own
+    return False
 
 
 def _rows_flops(shape: tuple[int, ...], matrix: Tensor) -> float:

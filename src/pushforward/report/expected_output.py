@@ -46,6 +46,7 @@ __all__ = ["expected_output_section"]
 
 _ROWS_SHOWN = 20
 _TINY = 1e-300
+_COMMON = 10  # occurrences that the law predicts among the examples
 _EVENT_NOTE = (
     "Saddlepoint: from the propagated mean, variance, third and fourth cumulant; it has no error "
     "bar of its own. Gaussian: from mean and variance alone. Agreement: whether the saddlepoint "
@@ -210,10 +211,36 @@ def _assumption(result: Comparison) -> Paragraph:
             f" To see that, the network was also run on the {result.num_examples:,} examples "
             "themselves. Its mean outputs there differ from those under the Gaussian law by up to "
             f"{number(abs(float(gap[worst])), 2)} standard deviations (output "
-            f"{_quoted(result.labels[worst])}). Where a column “in the data” is far from the "
-            "others, it is the assumption that fails."
+            f"{_quoted(result.labels[worst])}).{_worst_event(result)} Where a column “in the data” "
+            "is far from the others, it is the assumption that fails."
         )
     return Paragraph(text, title="What is assumed")
+
+
+def _worst_event(result: Comparison) -> str:
+    """Which event the Gaussian law misjudges most, among those common enough to tell.
+
+    Returns
+    -------
+    str
+        A sentence, or nothing when no event is common enough.
+    """
+    events = result.events
+    assert events.observed is not None
+    expected = (events.sampled * result.num_examples).tolist()
+    common = [i for i, count in enumerate(expected) if count >= _COMMON]
+    if not common:
+        return ""
+    # Half an occurrence keeps an event that never happens in the data comparable.
+    factors = {
+        i: (float(events.observed[i]) * result.num_examples + 0.5) / expected[i] for i in common
+    }
+    worst = max(factors, key=lambda i: abs(math.log(factors[i])))
+    return (
+        f" Of the events below it misjudges {events.names[worst]} most: probability "
+        f"{probability(float(events.sampled[worst]))} under the law, share "
+        f"{probability(float(events.observed[worst]))} of the examples."
+    )
 
 
 def _means_table(result: Comparison) -> Table:
