@@ -27,7 +27,7 @@ test: .venv/.dev
 # a float, as it does for mypy; beartype's dice inside Hypothesis strategies are not the strategies' own.
 CHECKER = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 shapes: .venv/.dev
-	$(BIN)/pytest -n $(JOBS) -q --ignore=tests/test_documents.py \
+	$(BIN)/pytest -n $(JOBS) -q --ignore=tests/test_documents.py --ignore=tests/oracles \
 	  "--jaxtyping-packages=pushforward,$(CHECKER)" \
 	  -W ignore::hypothesis.errors.HypothesisDeprecationWarning
 

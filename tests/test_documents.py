@@ -18,8 +18,8 @@ DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
 MODULES = sorted(m.name for m in pkgutil.walk_packages(pushforward.__path__, "pushforward."))
 
-# ```python blocks are executed, ```pycon blocks compared with their output, and a comment that opens
-# with "check" is code too, unseen by readers: it holds the page to what its prose says.
+# ```python blocks are executed, ```pycon blocks compared with their output, and a comment that
+# opens with "check" is code too, unseen by readers: it holds the page to what its prose says.
 _BLOCK = re.compile(
     r"^(?P<indent> *)```(?P<kind>python|pycon)[^\n]*\n(?P<code>.*?)^ *```$"
     r"|^<!-- check\n(?P<check>.*?)^-->$",

@@ -177,7 +177,7 @@ def test_event_that_the_law_misjudges_is_named(section: Section, result: Compari
     page = render(Report("A network", "", (section,)))
     events = result.events
     assert events.observed is not None
-    named = re.search(r"it misjudges (.*?) most: probability (\S+) .*? share (\S+) of", page)
+    named = re.search(r"the law misjudges (.*?) most: probability (\S+) .*? share (\S+) of", page)
     assert named is not None
     name = named[1].replace("&lt;", "<").replace("&gt;", ">")
     i = events.names.index(name)

@@ -58,7 +58,9 @@ class GaussianLaw:
     def __post_init__(self) -> None:
         mean = torch.as_tensor(self.mean)
         mean = mean if mean.is_floating_point() else mean.to(torch.get_default_dtype())
-        covariance = torch.as_tensor(self.covariance, device=mean.device)
+        number = isinstance(self.covariance, int | float)  # in the default dtype it would be rounded
+        kind = mean.dtype if number else None
+        covariance = torch.as_tensor(self.covariance, dtype=kind, device=mean.device)
         if not covariance.is_floating_point():
             covariance = covariance.to(mean.dtype)
         object.__setattr__(self, "mean", mean)

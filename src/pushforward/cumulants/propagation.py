@@ -222,7 +222,7 @@ def depth_over_width(graph: NetworkGraph) -> float:
     float
         0 for a network without hidden layers.
     """
-    return sum(1 / max(1, stage.width) for stage in graph.stages)
+    return sum((1 / max(1, stage.width) for stage in graph.stages), start=0.0)
 
 
 # --- the passes ----------------------------------------------------------------------------------

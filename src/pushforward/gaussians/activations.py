@@ -565,6 +565,7 @@ def _derivative(coefficients: list[Tensor], order: int, x: Tensor) -> Tensor:
 
 def _derivative_at(coefficients: tuple[float, ...], order: int, x: float) -> float:
     """Value at `x` of a derivative of a polynomial with plain coefficients."""
-    return sum(
+    terms = (
         math.perm(i, order) * c * x ** (i - order) for i, c in enumerate(coefficients) if i >= order
     )
+    return sum(terms, start=0.0)

@@ -237,7 +237,7 @@ def _worst_event(result: Comparison) -> str:
     }
     worst = max(factors, key=lambda i: abs(math.log(factors[i])))
     return (
-        f" Of the events below it misjudges {events.names[worst]} most: probability "
+        f" Of the events below the law misjudges {events.names[worst]} most: probability "
         f"{probability(float(events.sampled[worst]))} under the law, share "
         f"{probability(float(events.observed[worst]))} of the examples."
     )
