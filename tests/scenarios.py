@@ -1,5 +1,7 @@
 """Networks and laws that several test files share; every draw comes from an explicit seed."""
 
+import itertools
+
 import torch
 from torch import nn
 
@@ -79,7 +81,7 @@ def he_network(width, depth, *, inputs=None, outputs=None, activation=nn.ReLU, b
     inputs, outputs = inputs or width, outputs or width
     sizes = [inputs, *[width] * depth, outputs]
     layers = []
-    for index, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for index, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
         gain = GAINS.get(activation, 2.0) if index else 1.0
         linear = nn.Linear(fan_in, fan_out, bias=bias > 0)
         layers += [fill(linear, 1000 * seed + index, gain, bias), activation()]

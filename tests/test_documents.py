@@ -132,6 +132,21 @@ def test_every_public_name_has_a_reference():
     assert missing == []
 
 
+def test_names_in_the_notation_exist():
+    source = "\n".join(path.read_text("utf-8") for path in SOURCE.rglob("*.py"))
+    table = (DOCS / "notation.md").read_text("utf-8").split("## Words")[0]
+    names = set(re.findall(r"[A-Za-z_]{4,}", " ".join(re.findall(r"`([^`]+)`", table))))
+    assert len(names) > 30
+    assert sorted(name for name in names if not re.search(rf"\b{name}\b", source)) == []
+
+
+def test_files_that_contributors_are_sent_to_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    files = set(re.findall(r"`((?:\w+/)+\w+\.py)`", text))
+    assert files
+    assert [f for f in files if not (ROOT / f).exists() and not (SOURCE / f).exists()] == []
+
+
 def test_sections_that_the_code_cites_exist():
     source = "\n".join(path.read_text("utf-8") for path in SOURCE.rglob("*.py"))
     cited = set(

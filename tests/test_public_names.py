@@ -79,7 +79,8 @@ def test_importing_leaves_the_random_state_alone():
         "before = torch.get_rng_state()\n"
         "import pushforward as pf\n"
         "net = torch.nn.ReLU()\n"
-        "pf.propagate(net, pf.GaussianLaw.standard(3)); pf.monte_carlo(net, pf.GaussianLaw.standard(3), 100)\n"
+        "law = pf.GaussianLaw.standard(3)\n"
+        "pf.propagate(net, law); pf.monte_carlo(net, law, 100)\n"
         "print(bool((torch.get_rng_state() == before).all()))"
     )
     assert unchanged == "True"

@@ -61,7 +61,6 @@ def tower(closure, seed=0):
 
 
 def dense(one, closure):
-    order, _ = ORACLE_ORDER[closure]
     cumulants = {1: one.mean.numpy(), 2: one.covariance.numpy()}
     if closure != "covariance":
         cumulants |= {3: dense_third(one).numpy(), 4: dense_fourth(one).numpy()}
@@ -124,7 +123,11 @@ def test_a_batch_is_its_members(closure):
     if closure != "covariance":
         fourth = stack(o.fourth for o in ones)
     batch = CumulantTower(
-        stack(o.mean for o in ones), stack(o.covariance for o in ones), third, fourth, ones[0].metric
+        stack(o.mean for o in ones),
+        stack(o.covariance for o in ones),
+        third,
+        fourth,
+        ones[0].metric,
     )
     for exact_above in (None, 0.2):
         found, report = activate(batch, groups, closure, exact_above)
@@ -190,9 +193,7 @@ def test_strong_pairs_of_perturbed_towers_add_the_cumulants_on_top(monkeypatch):
     published, _ = activate(one, groups, "radial", None)
     plain = CumulantTower(one.mean, one.covariance)
     # Series of two terms for the Gaussian part, as in a layer with higher cumulants.
-    monkeypatch.setattr(
-        "pushforward.cumulants.activation_step._series_degree", lambda *arguments: 2
-    )
+    monkeypatch.setattr("pushforward.cumulants.activation_step._series_degree", lambda *_: 2)
     exact, _ = activate(plain, groups, "radial", 0.05)
     series, _ = activate(plain, groups, "radial", None)
     off = ~torch.eye(N, dtype=torch.bool)

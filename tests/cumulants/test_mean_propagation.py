@@ -20,9 +20,7 @@ from scenarios import correlated_law, fill, normal
 
 def network(seed=0):
     return fill(
-        nn.Sequential(
-            nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)
-        ),
+        nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)),
         seed,
         1.4,
     )

@@ -111,8 +111,8 @@ def test_margins_agree_with_monte_carlo():
     error = (found.standard_error.square() + sampled.standard_error.square()).sqrt()
     assert ((found.mean - sampled.mean) / error).abs().max() < 5
     assert (found.variance / sampled.variance - 1).abs().max() < 0.05
-    # Propagated third cumulants are good to 10-20 %.
-    assert ((found.third - sampled.third).norm() / sampled.third.norm()) < 0.3
+    # Skewness is less accurate than the variance: measured 0.14 at this width.
+    assert ((found.third - sampled.third) / sampled.variance**1.5).abs().max() < 0.2
 
 
 @every_order
@@ -154,7 +154,16 @@ def test_hidden_layers_can_be_projected():
 def test_a_law_written_by_hand_keeps_its_correlations():
     covariance = torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
     one = OutputLaw(
-        torch.zeros(2).double(), covariance.diagonal(), covariance, None, None, None, 0.0, 0.0, 2, False
+        torch.zeros(2).double(),
+        covariance.diagonal(),
+        covariance,
+        None,
+        None,
+        None,
+        0.0,
+        0.0,
+        2,
+        False,
     )
     difference = one.project(torch.tensor([[1.0, -1.0]]).double())
     expected = torch.tensor([0.2], dtype=torch.float64)

@@ -51,9 +51,7 @@ def test_power_covariances_are_those_of_the_diagrams(monkeypatch, name, height):
     shifted = wick.copy()
     c = center.numpy()
     for p in range(1, 5):  # (phi - c)^p by the binomial theorem
-        shifted[p] = sum(
-            float(_binomial(p, q)) * (-c) ** (p - q) * wick[q] for q in range(p + 1)
-        )
+        shifted[p] = sum(float(_binomial(p, q)) * (-c) ** (p - q) * wick[q] for q in range(p + 1))
     cumulants = {
         1: one.mean.numpy(),
         2: one.covariance.numpy(),
@@ -113,8 +111,8 @@ def strong_setting(seed, batch=None):
     return one, std, torch.cat(parts, dim=-1)
 
 
-def reference(one, std, table, batch=None):
-    """Correlations and corrections, pair by pair, from a longer series."""
+def reference(one, std):
+    """Correlations, and coefficients up to a degree where the series has converged."""
     rho = one.covariance / (std[..., :, None] * std[..., None, :])
     parts = [
         g.activation.hermite_table(one.mean[..., g.units], std[..., g.units], 2, 150).values
@@ -127,7 +125,7 @@ def reference(one, std, table, batch=None):
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5])
 def test_strong_pairs_are_those_above_the_threshold(batch, threshold):
     one, std, table = strong_setting(20, batch)
-    rho, _ = reference(one, std, table)
+    rho, _ = reference(one, std)
     found = find_strong_pairs(one, GROUPS, table, std, 2, threshold, POWERS)
     above = (rho.abs() > threshold) & ~torch.eye(SIZE, dtype=torch.bool)
     expected = {tuple(index) for index in above.reshape(-1, SIZE, SIZE).nonzero().tolist()}
@@ -140,7 +138,7 @@ def test_strong_pairs_are_those_above_the_threshold(batch, threshold):
 @pytest.mark.parametrize("batch", [None, 2])
 def test_corrections_turn_the_series_into_the_exact_kernel(batch):
     one, std, table = strong_setting(30, batch)
-    rho, long = reference(one, std, table)
+    rho, long = reference(one, std)
     found = find_strong_pairs(one, GROUPS, table, std, 2, 0.3, POWERS)
     at, i, j = found.index
     rho, long = rho.reshape(-1, SIZE, SIZE), long.reshape(2, 151, -1, SIZE)

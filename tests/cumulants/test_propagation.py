@@ -198,9 +198,7 @@ def test_concatenations_carry_the_input(order):
     weights = [
         torch.cat([net.first.weight, torch.eye(3).double()]),
         # Stage 2: tanh(second(first)), then carried in the order of creation: input, first.
-        torch.cat(
-            [torch.cat([net.second.weight, zeros(3, 3)], 1), eye[4:], eye[:4]]
-        ),
+        torch.cat([torch.cat([net.second.weight, zeros(3, 3)], 1), eye[4:], eye[:4]]),
         # The readout concatenates x, second, first.
         torch.cat([w[:, 3:6], w[:, :3], w[:, 6:]], 1),
     ]
@@ -732,19 +730,19 @@ def test_laws_that_do_not_fit_are_refused():
 
 
 def test_running_out_of_memory_is_explained(monkeypatch):
-    def fail(*arguments, **options):
+    def fail(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(propagation, "activate", fail)
     with pytest.raises(ResourceError, match="covariance of 64 units for 1 law"):
         propagate(he_network(64, 2), standard_law(64))
-    monkeypatch.setattr(propagation, "activate", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(propagation, "activate", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         propagate(he_network(64, 2), standard_law(64))
 
 
 def test_other_runtime_errors_pass_through(monkeypatch):
-    def fail(*arguments, **options):
+    def fail(*_, **__):
         raise RuntimeError("something else")
 
     monkeypatch.setattr(propagation, "activate", fail)

@@ -100,8 +100,10 @@ def test_affine_maps_are_multilinear(one, rows):
 
 @pytest.mark.parametrize("name", ["radial, identity metric", "factored"])
 def test_average_metric_is_that_of_the_oracle(name):
-    one = TOWERS[name] if name == "radial, identity metric" else tower(
-        FactoredThird((source(30),)), metric=False
+    one = (
+        TOWERS[name]
+        if name == "radial, identity metric"
+        else tower(FactoredThird((source(30),)), metric=False)
     )
     affine = affine_map(70, 4)
     cores = {1: one.mean.numpy(), 2: one.covariance.numpy(), 4: one.fourth.numpy()}
@@ -121,9 +123,7 @@ def test_average_metric_of_a_second_linear_map():
 
 def test_a_metric_is_kept_only_where_it_is_needed():
     assert TOWERS["gaussian"].affine(affine_map(90, 3)).metric is None
-    third_only = CumulantTower(
-        normal(0, N), symmetric_matrix(1), FactoredThird((source(1),))
-    )
+    third_only = CumulantTower(normal(0, N), symmetric_matrix(1), FactoredThird((source(1),)))
     assert third_only.affine(affine_map(90, 3)).metric is None
 
 
@@ -160,7 +160,9 @@ def _batched(third):
         return RadialThird(third.core[None])
     if isinstance(third, FactoredThird):
         return FactoredThird(
-            tuple(Source(s.leg[None], s.edge[None], s.rest[None], s.gain[None]) for s in third.sources)
+            tuple(
+                Source(s.leg[None], s.edge[None], s.rest[None], s.gain[None]) for s in third.sources
+            )
         )
     return None
 
@@ -175,7 +177,9 @@ def test_shared_covariances_are_expanded():
 def test_scaled_sources():
     one, factor = source(100), normal(101, N)
     found = dense_third(tower(FactoredThird((one.scaled(factor),))))
-    expected = torch.einsum("i,j,k,ijk->ijk", *[factor] * 3, dense_third(tower(FactoredThird((one,)))))
+    expected = torch.einsum(
+        "i,j,k,ijk->ijk", *[factor] * 3, dense_third(tower(FactoredThird((one,))))
+    )
     torch.testing.assert_close(found, expected)
 
 
@@ -237,7 +241,11 @@ def test_restored_cumulants_are_those_of_the_product(name):
         raw[0],
         raw[1] - raw[0] ** 2,
         raw[2] - 3 * raw[0] * raw[1] + 2 * raw[0] ** 3,
-        raw[3] - 4 * raw[0] * raw[2] - 3 * raw[1] ** 2 + 12 * raw[0] ** 2 * raw[1] - 6 * raw[0] ** 4,
+        raw[3]
+        - 4 * raw[0] * raw[2]
+        - 3 * raw[1] ** 2
+        + 12 * raw[0] ** 2 * raw[1]
+        - 6 * raw[0] ** 4,
     ]
     mean, covariance, third, fourth = radius.restore(one)
     torch.testing.assert_close(mean, expected[0])

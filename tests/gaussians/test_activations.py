@@ -25,9 +25,7 @@ HARDTANH = PiecewisePolynomial("hardtanh", (-1.0, 1.0), ((-1.0,), (0.0, 1.0), (1
 HARDSHRINK = PiecewisePolynomial("hardshrink", (-0.5, 0.5), ((0.0, 1.0), (0.0,), (0.0, 1.0)))
 SQUARE = PiecewisePolynomial("square", (), ((0.0, 0.0, 1.0),))
 CUBIC = PiecewisePolynomial("cubic", (), ((0.3, -1.0, 0.5, 0.2),))
-HARDSWISH = PiecewisePolynomial(
-    "hardswish", (-3.0, 3.0), ((0.0,), (0.0, 0.5, 1 / 6), (0.0, 1.0))
-)
+HARDSWISH = PiecewisePolynomial("hardswish", (-3.0, 3.0), ((0.0,), (0.0, 0.5, 1 / 6), (0.0, 1.0)))
 PIECEWISE = [RELU, LEAKY, ABS, SIGN, HARDTANH, HARDSHRINK, SQUARE, CUBIC, HARDSWISH, identity()]
 SMOOTH = [
     SmoothActivation("tanh", torch.tanh),
@@ -107,7 +105,9 @@ def test_derivatives_move_along_the_table(activation):
         torch.testing.assert_close(by_std, std * w[k + 2], rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("activation", [RELU, HARDSHRINK, SMOOTH[0], SMOOTH[6]], ids=lambda a: a.name)
+@pytest.mark.parametrize(
+    "activation", [RELU, HARDSHRINK, SMOOTH[0], SMOOTH[6]], ids=lambda a: a.name
+)
 def test_gradients_of_every_power(activation):
     mean = torch.tensor([0.3, -0.6], dtype=torch.float64, requires_grad=True)
     std = torch.tensor([0.8, 1.4], dtype=torch.float64, requires_grad=True)
@@ -165,9 +165,7 @@ def piecewise_polynomials(draw):
     positions = draw(
         st.lists(st.integers(-30, 30), min_size=count, max_size=count, unique=True).map(sorted)
     )
-    pieces = [
-        tuple(draw(st.lists(coefficient, min_size=1, max_size=4))) for _ in range(count + 1)
-    ]
+    pieces = [tuple(draw(st.lists(coefficient, min_size=1, max_size=4))) for _ in range(count + 1)]
     return PiecewisePolynomial("random", tuple(p / 10 for p in positions), tuple(pieces))
 
 

@@ -177,7 +177,7 @@ def test_relu_at_opposite_correlation_in_closed_form():
 
 @pytest.mark.parametrize("rho", [-1.0, -0.7, 0.0, 0.3, 1 - 1e-3, 1 - 1e-6, 1 - 1e-10, 1.0])
 def test_arc_cosine_kernels(rho):
-    # Cho and Saul (2009): E relu relu = (sqrt(1-r^2) + r (pi - acos r)) / (2 pi); sign: 2/pi asin r.
+    # Cho and Saul (2009): E relu relu = (sqrt(1 - r^2) + r (pi - acos r)) / (2 pi).
     mean, std = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     index, r = torch.zeros(1, dtype=torch.long), torch.tensor([rho], dtype=torch.float64)
     side = power_kernel(RELU, mean, std, 1, 2)
@@ -263,9 +263,7 @@ def test_coefficients_at_hand_are_used():
 
 def test_mehler_series_is_the_series():
     first, second, rho = normal(13, 4, 6), normal(14, 4, 6), torch.linspace(-1, 1, 6).double()
-    expected = sum(
-        first[k - 1] * second[k - 1] * rho**k / math.factorial(k) for k in range(1, 5)
-    )
+    expected = sum(first[k - 1] * second[k - 1] * rho**k / math.factorial(k) for k in range(1, 5))
     torch.testing.assert_close(mehler_series(first, second, rho), expected)
 
 

@@ -115,9 +115,7 @@ def test_every_registered_module_and_function_is_tested():
     assert {type(module) for module in MODULES} >= set(registry._MODULES)
     rules = {activation_of_call(*call).name for call in CALLS}
     for target, rule in registry._CALLS.items():
-        needed = [
-            p for p in inspect.signature(rule).parameters.values() if p.default is p.empty
-        ]
+        needed = [p for p in inspect.signature(rule).parameters.values() if p.default is p.empty]
         activation = rule(*[2.0] * len(needed))
         assert activation.name.split()[0] in {name.split()[0] for name in rules}, target
 

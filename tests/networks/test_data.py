@@ -1,6 +1,5 @@
 """Batches of inputs from whatever a user has."""
 
-import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset

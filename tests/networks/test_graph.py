@@ -373,7 +373,7 @@ def test_unknown_layers_are_named_with_their_path(layer):
         (lambda x: torch.cat([x, torch.ones(2, 3)], 1), (3,), "constants"),
         (lambda x: (x, x), (3,), "tuple"),
         (lambda x: {"logits": x}, (3,), "dict"),
-        (lambda x: torch.ones(3), (3,), "Tensor"),
+        (lambda _: torch.ones(3), (3,), "Tensor"),
     ],
 )
 def test_unknown_functions_are_refused(function, shape, label):
@@ -407,7 +407,7 @@ def test_forwards_that_cannot_be_read(kind):
 
 
 def test_changing_a_tensor_that_is_used_again_is_refused():
-    with pytest.raises(UnsupportedLayerError, match="'relu'.*in place"):
+    with pytest.raises(UnsupportedLayerError, match=r"'relu'.*in place"):
         read_network(double(InPlaceResidual()), (3,))
     for function in (overwrite, lambda x: x.relu_() + x, lambda x: torch.relu_(x) + x):
         with pytest.raises(UnsupportedLayerError, match="in place"):
@@ -415,7 +415,7 @@ def test_changing_a_tensor_that_is_used_again_is_refused():
 
 
 def test_not_a_module():
-    with pytest.raises(UnsupportedLayerError, match="got function, not a torch.nn.Module"):
+    with pytest.raises(UnsupportedLayerError, match=r"got function, not a torch\.nn\.Module"):
         read_network(lambda x: x, (3,))
 
 

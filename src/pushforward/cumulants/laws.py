@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from pushforward.typing import DataSource
 __all__ = ["CovarianceKind", "GaussianLaw"]
 
 CovarianceKind = Literal["full", "diagonal", "isotropic"]
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -56,7 +57,10 @@ class GaussianLaw:
     event_shape: tuple[int, ...]
 
     def __init__(
-        self, mean: Tensor, covariance: Tensor | float, event_shape: tuple[int, ...] = ()
+        self,
+        mean: Tensor | Array,
+        covariance: Tensor | Array | float,
+        event_shape: tuple[int, ...] = (),
     ) -> None:
         mean = torch.as_tensor(mean)
         mean = mean if mean.is_floating_point() else mean.to(torch.get_default_dtype())
@@ -125,7 +129,7 @@ class GaussianLaw:
     @classmethod
     def from_data(
         cls,
-        source: DataSource | np.ndarray[Any, np.dtype[Any]],
+        source: DataSource | Array,
         *,
         covariance: CovarianceKind = "full",
         device: torch.device | str | None = None,

@@ -59,8 +59,8 @@ class PairCovariance(NamedTuple):
 
 
 def mehler_series(
-    first: Float[Tensor, " K *pairs"],
-    second: Float[Tensor, " K *pairs"],
+    first: Float[Tensor, " K *#pairs"],
+    second: Float[Tensor, " K *#pairs"],
     correlation: Float[Tensor, "*#pairs"],
 ) -> Float[Tensor, "*pairs"]:
     """Sum of Mehler's series over the degrees 1 ... K that are given.
