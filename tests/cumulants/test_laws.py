@@ -24,7 +24,7 @@ MEAN = normal(1, D)
         (torch.tensor(2.0).double(), 2 * torch.eye(D).double()),
         (torch.arange(D).double(), torch.diag(torch.arange(D).double())),
         (FULL, FULL),
-        (3, 3 * torch.eye(D).double()),
+        (3.0, 3 * torch.eye(D).double()),
         (np.float64(0.5), 0.5 * torch.eye(D).double()),
         (FULL.numpy(), FULL),
     ],

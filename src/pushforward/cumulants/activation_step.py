@@ -52,6 +52,7 @@ fourth cumulant (order 2 augmented), or the full third and the radial fourth cum
 # leave over, make the error some hundred times smaller still).
 _SERIES_TOLERANCE = 1e-3
 _LEAST_RELATIVE_VARIANCE = 1e-20
+_LEAST_SCALE = 1e-100
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def positive_std(variance: Float[Tensor, "*n"]) -> tuple[Float[Tensor, "*n"], in
     broken
         How many variances were negative beyond rounding.
     """
-    scale = variance.detach().abs().amax().clamp(min=1e-280)
+    # The floor keeps the fourth power of a reciprocal standard deviation finite when nothing varies.
+    scale = variance.detach().abs().amax().clamp(min=_LEAST_SCALE)
     broken = int((variance.detach() < -1e-12 * scale).sum())
     return variance.clamp(min=float(_LEAST_RELATIVE_VARIANCE * scale)).sqrt(), broken
 

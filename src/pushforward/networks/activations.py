@@ -183,7 +183,7 @@ def _heaviside(values: object = None) -> Activation:  # noqa: ARG001 - the value
     return PiecewisePolynomial("heaviside", (0.0,), ((0.0,), (1.0,)))
 
 
-def _power(exponent: float) -> Activation | None:
+def _power(exponent: int | float) -> Activation | None:
     if int(exponent) != exponent or not 1 <= exponent <= 8:
         return None
     degree = int(exponent)

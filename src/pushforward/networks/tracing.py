@@ -457,7 +457,7 @@ class _Reader:
             if isinstance(linear, Dense):
                 return Dense(linear.matrix * (factor[:, None] if factor.dim() else factor))
             size = linear.out_features
-            return compose(Structured(lambda x: x * factor, (size,), (size,), size), linear)
+            return compose(Structured(lambda x: x * factor, (size,), (size,), float(size)), linear)
 
         maps = {atom: scale(linear) for atom, linear in form.maps.items()}
         bias = form.bias * factor
