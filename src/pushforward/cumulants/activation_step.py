@@ -93,7 +93,7 @@ def positive_std(variance: Float[Tensor, "*n"]) -> tuple[Float[Tensor, "*n"], in
     broken
         How many variances were negative beyond rounding.
     """
-    # The floor keeps the fourth power of a reciprocal standard deviation finite when nothing varies.
+    # The floor keeps the fourth power of a reciprocal deviation finite when nothing varies.
     scale = variance.detach().abs().amax().clamp(min=_LEAST_SCALE)
     broken = int((variance.detach() < -1e-12 * scale).sum())
     return variance.clamp(min=float(_LEAST_RELATIVE_VARIANCE * scale)).sqrt(), broken

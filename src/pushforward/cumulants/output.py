@@ -243,9 +243,8 @@ class OutputLaw:
         Returns
         -------
         Tensor
-            Probabilities, differentiable. They carry no error bar: beyond a few standard
-            deviations four cumulants determine the order of magnitude at best, and rare events
-            deserve a check by `monte_carlo`.
+            Probabilities, differentiable. They carry no error bar: in trained networks they are
+            reliable to about two standard deviations, and rare events deserve `monte_carlo`.
         """
         moments = self._moments()
         level = torch.as_tensor(threshold, dtype=torch.float64, device=self.mean.device)

@@ -253,7 +253,7 @@ def _take(jumps: Jumps, units: Tensor) -> Jumps:
 def _bivariate_hermite(
     x: Tensor, y: Tensor, r: Tensor, one_minus_r2: Tensor, max_order: int
 ) -> list[list[Tensor]]:
-    """``(-1)^{a+b} d^a/dx^a d^b/dy^b p / p`` of the bivariate normal density ``p``, at ``[a][b]``."""
+    """``(-1)^{a+b} d^a/dx^a d^b/dy^b p / p`` of the bivariate normal density, at ``[a][b]``."""
     # With g = Sigma^{-1} (x, y): H_{a+1,b} = g_x H_ab - (a H_{a-1,b} - r b H_{a,b-1}) / (1 - r^2).
     gx, gy = (x - r * y) / one_minus_r2, (y - r * x) / one_minus_r2
     table: list[list[Tensor]] = [[torch.ones_like(gx)]]
