@@ -4,7 +4,7 @@ Trains the digits classifier of `pushforward demo`, pushes the Gaussian law of i
 at every order, and compares means, variances and tail probabilities with one long Monte Carlo run.
 
     python benchmarks/digits.py                 # 10^7 samples, a few minutes
-    python benchmarks/digits.py --samples 20000 --output /tmp/results
+    python benchmarks/digits.py --samples 20000 --output results
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ from pushforward.runs.estimate import Check, Cost, Status, to_jsonable, worst_st
 
 __all__ = ["ErrorBar", "Moments", "OutputLaw", "concatenate", "moments_of"]
 
+_ROWS_SHOWN = 10
+
 
 class Moments(NamedTuple):
     """Marginal cumulants of the outputs and their covariance, float64.
@@ -374,21 +376,22 @@ class OutputLaw:
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.mean.shape))
-        lines = [f"OutputLaw of {shape} outputs by {self.method} ({self.cost})"]
+        cost = f" ({self.cost})" if self.flops else ""
+        lines = [f"OutputLaw of {shape} outputs by {self.method}{cost}"]
         if self.mean.dim() == 1:
-            lines.append("  output        mean ± s.e.          std")
-            errors = (
-                torch.full_like(self.mean, torch.nan)
-                if self.standard_error is None
-                else self.standard_error
-            )
-            deviations = self.variance.clamp(min=0).sqrt()
-            rows = zip(self.mean.tolist(), errors.tolist(), deviations.tolist(), strict=True)
+            errors = [""] * len(self.mean)
+            heading = "mean"
+            if self.standard_error is not None:
+                errors = [f" ± {error:<8.2g}" for error in self.standard_error.tolist()]
+                heading = "mean ± s.e.    "
+            lines.append(f"  output {heading:>{12 + len(errors[0])}} {'std':>10}")
+            deviations = self.variance.clamp(min=0).sqrt().tolist()
+            rows = zip(self.mean.tolist(), errors, deviations, strict=True)
             for index, (mean, error, deviation) in enumerate(rows):
-                if index == 10:
-                    lines.append(f"  ... {len(self.mean) - 10} more")
+                if index == _ROWS_SHOWN:
+                    lines.append(f"  ... {len(self.mean) - _ROWS_SHOWN} more")
                     break
-                lines.append(f"  {index:>6} {mean:>12.5g} ± {error:<8.2g} {deviation:>10.4g}")
+                lines.append(f"  {index:>6} {mean:>12.5g}{error} {deviation:>10.4g}")
         lines += [f"  {check}" for check in self.checks if check.status != "pass"]
         return "\n".join(lines)
 

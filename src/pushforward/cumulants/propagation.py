@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from pushforward.cumulants.output import (
 )
 from pushforward.cumulants.towers import CumulantTower, Metric, Radius, gram
 from pushforward.errors import OptionError, ResourceError, ShapeError
-from pushforward.networks.graph import AffineMap, NetworkGraph, Stage, read_network
+from pushforward.networks.graph import AffineMap, NetworkGraph, UnitGroup, read_network
 from pushforward.runs.estimate import Check
 
 __all__ = ["VarianceForm", "depth_over_width", "propagate"]
@@ -50,15 +50,25 @@ class _Settings:
     angular: bool
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """One run through the network."""
+class _Law(NamedTuple):
+    """What is known of the outputs of the network, or of a layer."""
 
     moments: Moments
     tower: CumulantTower | None
     radius: Radius | None
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One run through the network."""
+
+    output: _Law
     reports: tuple[StepReport, ...]
-    layers: dict[str, tuple[CumulantTower, Radius | None]]
+    layers: dict[str, _Law]
+
+    @property
+    def moments(self) -> Moments:
+        return self.output.moments
 
     @property
     def broken(self) -> int:
@@ -172,7 +182,8 @@ def propagate(
         )
     with _memory_errors(graph, inputs):
         if order == 1:
-            main, flops = _run_units(graph, inputs, variance, metric), _unit_cost(graph, inputs)
+            main = _run_units(graph, inputs, variance, metric, layers)
+            flops = _unit_cost(graph, inputs)
         else:
             closure = _closure(order, augmented)
             main = _run(graph, inputs, closure, settings, layers)
@@ -189,24 +200,29 @@ def propagate(
     dtype = torch.promote_types(graph.dtype, law.mean.dtype)
     single = not law.batch_shape
 
-    def assemble(part: _Pass, error: ErrorBar | None) -> OutputLaw:
+    def assemble(part: _Law, error: ErrorBar | None) -> OutputLaw:
+        moments, tower = part.moments, part.tower
+        if single:
+            moments = moments.map(lambda x: x.squeeze(0))
+            tower = None if tower is None else tower.squeezed()
+            error = None if error is None else ErrorBar(*(x.squeeze(0) for x in error))
         result = OutputLaw.from_moments(
-            part.moments.map(lambda x: x.squeeze(0)) if single else part.moments,
+            moments,
             order=order,
             augmented=augmented,
             dtype=dtype,
-            tower=None if part.tower is None else (part.tower.squeezed() if single else part.tower),
+            tower=tower,
             radius=part.radius,
-            error=ErrorBar(*(x.squeeze(0) for x in error)) if error and single else error,
+            error=error,
         )
         return replace(result, checks=checks)
 
-    hidden = {
-        key: assemble(_Pass(moments_of(tower, radius), tower, radius, (), {}), None)
-        for key, (tower, radius) in main.layers.items()
-    }
-    result = assemble(main, bar)
-    return replace(result, flops=flops, seconds=time.perf_counter() - start, layers=hidden)
+    return replace(
+        assemble(main.output, bar),
+        flops=flops,
+        seconds=time.perf_counter() - start,
+        layers={name: assemble(part, None) for name, part in main.layers.items()},
+    )
 
 
 def depth_over_width(graph: NetworkGraph) -> float:
@@ -220,8 +236,10 @@ def depth_over_width(graph: NetworkGraph) -> float:
     Returns
     -------
     float
-        0 for a network without hidden layers.
+        0 below two hidden layers: the means behind a single one are exact.
     """
+    if graph.depth < 2:
+        return 0.0
     return sum((1 / max(1, stage.width) for stage in graph.stages), start=0.0)
 
 
@@ -236,7 +254,7 @@ def _run(
     on_sphere = radius is not None and closure != "covariance"
     batch = law.mean.shape[0]
     reports: list[StepReport] = []
-    kept: dict[str, tuple[CumulantTower, Radius | None]] = {}
+    kept: dict[str, _Law] = {}
     tower: CumulantTower | None = None
     here: Radius | None = radius if on_sphere else None
     for index, stage in enumerate(graph.stages):
@@ -246,11 +264,11 @@ def _run(
         else:
             tower = tower.affine(stage.affine, settings.metric)
         if keep:
-            _keep(kept, stage, tower.expanded(batch), here, before=True)
+            kept |= _hidden_laws(stage.groups, tower.expanded(batch), here, before=True)
         tower, report = activate(tower.expanded(batch), stage.groups, closure, settings.exact_above)
         reports.append(report)
         if keep:
-            _keep(kept, stage, tower, here, before=False)
+            kept |= _hidden_laws(stage.groups, tower, here, before=False)
         if radius is not None and not on_sphere and index == 0:
             # Behind the first layer, which is exact for Gaussian inputs, change to the sphere.
             tower, here = radius.remove(tower), radius
@@ -263,27 +281,36 @@ def _run(
     if closure != "covariance" and moments.third is None:
         zeros = torch.zeros_like(moments.mean)
         moments = moments._replace(third=zeros, fourth=zeros)
-    return _Pass(moments, tower, radius, tuple(reports), kept)
+    return _Pass(_Law(moments, tower, radius), tuple(reports), kept)
 
 
 def _run_units(
-    graph: NetworkGraph, law: GaussianLaw, variance: VarianceForm, metric: Metric
+    graph: NetworkGraph, law: GaussianLaw, variance: VarianceForm, metric: Metric, keep: bool
 ) -> _Pass:
     """Order 1."""
     scalar = variance == "scalar"
     reports = []
+    kept: dict[str, _Law] = {}
     units: UnitMoments | None = None
-    for affine, groups in [*((s.affine, s.groups) for s in graph.stages), (graph.output, ())]:
+    affines: list[tuple[AffineMap, tuple[UnitGroup, ...]]] = [
+        *((stage.affine, stage.groups) for stage in graph.stages),
+        (graph.output, ()),
+    ]
+    for affine, groups in affines:
         if units is None:
             units = first_affine_units(law, affine, scalar, metric)
         else:
             units = affine_units(units, affine, scalar, metric)
+        if keep:
+            kept |= _hidden_laws(groups, units, None, before=True)
         if groups:
             units, broken = activate_units(units, groups)
             reports.append(StepReport(broken, 0, 0, 0.0))
+        if keep:
+            kept |= _hidden_laws(groups, units, None, before=False)
     assert units is not None
     moments = Moments(units.mean, units.variance.expand_as(units.mean))
-    return _Pass(moments, None, None, tuple(reports), {})
+    return _Pass(_Law(moments, None, None), tuple(reports), kept)
 
 
 def _first_affine(
@@ -580,15 +607,23 @@ def _memory_errors(graph: NetworkGraph, law: GaussianLaw) -> Iterator[None]:
         ) from error
 
 
-def _keep(
-    kept: dict[str, tuple[CumulantTower, Radius | None]],
-    stage: Stage,
-    tower: CumulantTower,
+def _hidden_laws(
+    groups: tuple[UnitGroup, ...],
+    state: CumulantTower | UnitMoments,
     radius: Radius | None,
     *,
     before: bool,
-) -> None:
-    for group in stage.groups:
-        if not group.carried:
-            name = group.input_name if before else group.name
-            kept[name] = (tower.select(group.units), radius)
+) -> dict[str, _Law]:
+    """Laws before or behind the activations of a stage, by module path."""
+    laws = {}
+    for group in groups:
+        if group.carried:
+            continue
+        if isinstance(state, CumulantTower):
+            tower = state.select(group.units)
+            law = _Law(moments_of(tower, radius), tower, radius)
+        else:
+            mean, variance = state.mean, state.variance.expand_as(state.mean)
+            law = _Law(Moments(mean[..., group.units], variance[..., group.units]), None, None)
+        laws[group.input_name if before else group.name] = law
+    return laws
