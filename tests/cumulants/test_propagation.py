@@ -853,3 +853,17 @@ def test_propagation_is_deterministic_and_leaves_no_trace():
 
 def test_the_public_function_is_this_one():
     assert pf.propagate is propagate
+
+
+def test_hidden_layers_at_order_1_have_means_and_variances():
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+    law = GaussianLaw(torch.zeros(4).double(), torch.ones(()).double())
+    found = propagate(net, law, 1, layers=True).layers
+    exact = propagate(
+        net, law, 2, layers=True
+    ).layers  # exact in front of and behind the first ReLU
+    assert set(found) == {"0", "1"}
+    for name, hidden in found.items():
+        torch.testing.assert_close(hidden.mean, exact[name].mean)
+        torch.testing.assert_close(hidden.variance, exact[name].variance)
+        assert hidden.covariance is None

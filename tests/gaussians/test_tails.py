@@ -211,3 +211,11 @@ def test_shapes_broadcast():
 def test_precision_follows_the_input():
     one = torch.ones(2)
     assert tail_probability(one, 0 * one, one, 0.1 * one, 0.1 * one).dtype == torch.float32
+
+
+def test_a_slightly_negative_fourth_cumulant_does_not_spoil_far_quantiles():
+    one = torch.ones(1, dtype=torch.float64)
+    for q in (0.025, 1e-6, 1 - 1e-6):
+        level = torch.tensor([q], dtype=torch.float64)
+        found = quantile(level, 0 * one, one, -0.004 * one, -0.001 * one)
+        torch.testing.assert_close(found, torch.special.ndtri(level), rtol=0.02, atol=0.0)
