@@ -96,7 +96,9 @@ def positive_std(variance: Float[Tensor, "*n"]) -> tuple[Float[Tensor, "*n"], in
     # The floor keeps the fourth power of a reciprocal deviation finite when nothing varies.
     scale = variance.detach().abs().amax().clamp(min=_LEAST_SCALE)
     broken = int((variance.detach() < -1e-12 * scale).sum())
-    return variance.clamp(min=float(_LEAST_RELATIVE_VARIANCE * scale)).sqrt(), broken
+    # Only what is not positive is replaced: a unit may be small beside the others and matter.
+    floor = torch.full_like(variance, float(_LEAST_RELATIVE_VARIANCE * scale))
+    return torch.where(variance > _LEAST_SCALE, variance, floor).sqrt(), broken
 
 
 def hermite_tables(

@@ -8,6 +8,7 @@ import time
 import torch
 from torch import Tensor, nn
 
+from pushforward.cumulants.designs import DesignName
 from pushforward.cumulants.laws import GaussianLaw
 from pushforward.cumulants.monte_carlo import monte_carlo
 from pushforward.cumulants.output import OutputLaw
@@ -19,6 +20,7 @@ from pushforward.runs.estimate import Check, Cost, Estimate
 __all__ = ["expect"]
 
 _PILOT_SAMPLES = 4096
+_LEAST_SAMPLES = 64
 
 
 def expect(
@@ -41,13 +43,13 @@ def expect(
     Parameters
     ----------
     net
-        As for `propagate`.
+        A module, as for `propagate`.
     law
         Of the inputs; one law, not a batch.
     tolerance
         Largest acceptable standard error, in standard deviations of each output.
     max_samples
-        Most samples to draw; 0 forbids sampling.
+        Most samples to draw, up to rounding to whole units of the design; fewer than 64 are none.
     seed
         Of the samples.
     progress
@@ -74,11 +76,12 @@ def expect(
     True
     """
     start = time.perf_counter()
-    if not tolerance > 0 or max_samples < 0:
+    whole = isinstance(max_samples, int) and not isinstance(max_samples, bool)
+    if not (tolerance > 0 and math.isfinite(tolerance)) or not whole or max_samples < 0:
         raise OptionError(
             f"tolerance={tolerance!r}, max_samples={max_samples!r}",
             where="expect",
-            advice="Give a positive tolerance and at least zero samples.",
+            advice="Give a positive, finite tolerance and a whole number of samples, or 0.",
         )
     if law.batch_shape:
         raise ShapeError(
@@ -98,9 +101,13 @@ def expect(
     goal = tolerance * propagated.variance.clamp(min=0).sqrt()
     method, flops, evaluations = f"cumulant propagation, {propagated.method}", propagated.flops, 0
     reached = bool((error <= goal).all())
-    if not reached and max_samples >= _PILOT_SAMPLES:
+    if not reached and max_samples >= _LEAST_SAMPLES:
         num_samples = min(max_samples, _samples_needed(propagated, error, goal))
-        sampled = monte_carlo(net, law, num_samples, seed=seed, covariance=False, progress=progress)
+        # A frame takes two points a dimension, and an error bar a few frames.
+        design: DesignName = "frames" if num_samples >= 8 * law.dimension else "antithetic"
+        sampled = monte_carlo(
+            net, law, num_samples, design=design, seed=seed, covariance=False, progress=progress
+        )
         trusted = propagated.status != "fail"
         value, error = sampled.mean.to(value), sampled.standard_error.to(error)
         if trusted:
@@ -109,7 +116,7 @@ def expect(
             )
         goal = tolerance * sampled.variance.clamp(min=0).sqrt().to(error)
         part = f"{method}, averaged with" if trusted else "propagation broke down:"
-        method = f"{part} {sampled.num_samples:,} samples in orthogonal frames"
+        method = f"{part} {sampled.num_samples:,} samples ({design})"
         flops, evaluations = flops + sampled.flops, sampled.num_samples
         reached = bool((error <= goal).all())
     checks = (*propagated.checks, _check_tolerance(reached, error, goal, tolerance))

@@ -320,20 +320,23 @@ def _check_covariance(covariance: Tensor) -> None:
                 advice="Variances must be at least zero.",
             )
         return
-    scale = covariance.abs().amax().item()
+    scale = covariance.abs().amax((-2, -1), keepdim=True)  # of each law of a batch
     rounding = 16 * covariance.shape[-1] * torch.finfo(covariance.dtype).eps * scale
-    asymmetry = (covariance - covariance.mT).abs().amax().item()
-    if asymmetry > rounding:
+    difference = (covariance - covariance.mT).abs()
+    asymmetry = difference.amax().item()
+    if bool((difference > rounding).any()):
         raise LawError(
             f"not symmetric: entries differ by up to {asymmetry:.3g}",
             where=where,
             advice="Use (C + C.T) / 2 if this is rounding; otherwise it is no covariance.",
         )
     matrix = covariance.to(torch.float64)
-    shifted = matrix + max(rounding, 1e-300) * torch.eye(matrix.shape[-1]).to(matrix)
+    shift = rounding.to(torch.float64).clamp(min=1e-300)
+    shifted = matrix + shift * torch.eye(matrix.shape[-1]).to(matrix)
     if bool(torch.linalg.cholesky_ex(shifted).info.any()):
-        smallest = torch.linalg.eigvalsh(matrix).amin().item()
-        if smallest < -rounding:
+        values = torch.linalg.eigvalsh(matrix)
+        smallest = values.amin().item()
+        if bool((values < -shift[..., 0]).any()):
             raise LawError(
                 f"not positive semi-definite: smallest eigenvalue {smallest:.3g}",
                 where=where,

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pushforward.cumulants.towers import CumulantTower, Radius, concatenate_towers
-from pushforward.errors import ShapeError
+from pushforward.errors import OptionError, ShapeError
 from pushforward.gaussians import tails
 from pushforward.gaussians.tails import TailMethod
 from pushforward.networks.graph import AffineMap
@@ -236,8 +236,8 @@ class OutputLaw:
         Parameters
         ----------
         threshold
-            One number, or one for each output ``(k,)``; further leading dimensions give further
-            rows.
+            One number, one for each output ``(k,)``, or rows ``(T, k)`` of them, which give a
+            leading dimension ``T``.
         method
             ``"saddlepoint"``, ``"edgeworth"`` or ``"gaussian"``. Without third and fourth
             cumulants (order 1, order 2 not augmented) all three are the Gaussian tail.
@@ -249,7 +249,7 @@ class OutputLaw:
             reliable to about two standard deviations, and rare events deserve `monte_carlo`.
         """
         moments = self._moments()
-        level = torch.as_tensor(threshold, dtype=torch.float64, device=self.mean.device)
+        level = self._levels(threshold, "tail_probability")
         probability = tails.tail_probability(
             level, moments.mean, moments.variance, moments.third, moments.fourth, method
         )
@@ -273,7 +273,7 @@ class OutputLaw:
             Quantiles, without gradient.
         """
         moments = self._moments()
-        level = torch.as_tensor(q, dtype=torch.float64, device=self.mean.device)
+        level = self._levels(q, "quantile")
         value = tails.quantile(
             level, moments.mean, moments.variance, moments.third, moments.fourth, method
         )
@@ -303,7 +303,8 @@ class OutputLaw:
             When the matrix has another number of columns than there are outputs.
         """
         k = self.mean.shape[-1]
-        if matrix.dim() != 2 or matrix.shape[1] != k:
+        matrix = torch.as_tensor(matrix, device=self.mean.device)
+        if matrix.dim() != 2 or matrix.shape[1] != k or not len(matrix):
             raise ShapeError(
                 f"matrix of shape {tuple(matrix.shape)} for {k} outputs",
                 where="OutputLaw.project",
@@ -311,7 +312,15 @@ class OutputLaw:
             )
         exact = self._moments()
         matrix = matrix.to(exact.mean)
-        shift = exact.mean.new_zeros(len(matrix)) if offset is None else offset.to(exact.mean)
+        shift = exact.mean.new_zeros(len(matrix))
+        if offset is not None:
+            shift = torch.as_tensor(offset).to(exact.mean)
+        if shift.shape != (len(matrix),):
+            raise ShapeError(
+                f"offset of shape {tuple(shift.shape)} for {len(matrix)} functionals",
+                where="OutputLaw.project",
+                advice=f"Give {len(matrix)} numbers.",
+            )
         error = self._error
         if error is not None:
             error = ErrorBar(error.difference @ matrix.mT, error.relative)
@@ -367,6 +376,22 @@ class OutputLaw:
         from pushforward.cumulants.plots import plot_outputs
 
         return plot_outputs(self, labels)
+
+    def _levels(self, given: float | Tensor, where: str) -> Tensor:
+        """Thresholds or probabilities that broadcast against the outputs, rows of them in front."""
+        levels = torch.as_tensor(given, dtype=torch.float64, device=self.mean.device)
+        k = self.mean.shape[-1]
+        if levels.dim() > 2 or (levels.dim() and levels.shape[-1] not in {1, k}):
+            raise ShapeError(
+                f"levels of shape {tuple(levels.shape)} for {k} outputs",
+                where=f"OutputLaw.{where}",
+                advice=f"Give one number, {k} numbers, or rows of {k} (or of 1).",
+            )
+        if bool(levels.isnan().any()):
+            raise OptionError(
+                "a level is NaN", where=f"OutputLaw.{where}", advice="Give real numbers."
+            )
+        return levels[:, None] if levels.dim() == 2 and self.mean.dim() == 2 else levels
 
     def _moments(self) -> Moments:
         if self._exact is not None:

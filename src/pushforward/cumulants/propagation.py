@@ -157,6 +157,7 @@ def propagate(
     _check_options(order, metric, variance, exact_above)
     graph = net if isinstance(net, NetworkGraph) else read_network(net, law.event_shape)
     inputs = _prepare_law(graph, law)
+    on_sphere = _use_sphere(graph, law, order, angular)
     portions = _portions(graph, inputs, order)
     if len(portions) > 1:
         options: dict[str, Any] = {
@@ -164,13 +165,13 @@ def propagate(
             "metric": metric,
             "variance": variance,
             "exact_above": exact_above,
-            "angular": angular,
+            "angular": on_sphere,
             "standard_error": standard_error,
             "layers": layers,
         }
         parts = [propagate(graph, law.select(rows), order, **options) for rows in portions]
         return replace(concatenate(parts), seconds=time.perf_counter() - start)
-    settings = _Settings(metric, exact_above, _use_sphere(graph, law, order, angular))
+    settings = _Settings(metric, exact_above, on_sphere)
     ratio = depth_over_width(graph)
     if augmented is None:
         augmented = order == 2 and ratio < _BREAKDOWN_RATIO
@@ -403,7 +404,7 @@ def _checks(
     bar: ErrorBar | None,
     settings: _Settings,
 ) -> tuple[Check, ...]:
-    checks = [_check_variance(main, reference), _check_depth(ratio, graph, order)]
+    checks = [_check_variance(main, reference), _check_depth(ratio, graph)]
     if bar is not None and reference is not None:
         spread = torch.maximum(reference.moments.variance, main.moments.variance)
         checks.append(_check_agreement(bar, spread.detach(), name, order))
@@ -411,6 +412,15 @@ def _checks(
     if order > 1:
         checks += _check_pairs(main, settings)
         checks.append(_check_covariance(main))
+    if graph.stacked:
+        checks.append(
+            Check(
+                "stacked-activations",
+                "warn",
+                f"{', '.join(graph.stacked)} act directly on the output of another activation.",
+                "Their inputs are far from Gaussian: compare with pushforward.monte_carlo.",
+            )
+        )
     if settings.angular:
         detail = "bias-free and homogeneous: propagated on the sphere, radius restored exactly"
         checks.append(Check("angular-gauge", "pass", detail))
@@ -437,9 +447,9 @@ def _check_variance(main: _Pass, reference: _Pass | None) -> Check:
     return Check("positive-variance", "pass", "all propagated variances are positive.")
 
 
-def _check_depth(ratio: float, graph: NetworkGraph, order: int) -> Check:
+def _check_depth(ratio: float, graph: NetworkGraph) -> Check:
     detail = f"sum of 1 / width over {graph.depth} hidden layers is {ratio:.3g}"
-    if order > 1 and ratio >= _BREAKDOWN_RATIO:
+    if ratio >= _BREAKDOWN_RATIO:
         return Check(
             "depth-over-width",
             "warn",
@@ -527,7 +537,7 @@ def _check_covariance(main: _Pass) -> Check:
 def _check_options(
     order: int, metric: Metric, variance: VarianceForm, exact_above: float | None
 ) -> None:
-    if order not in {1, 2, 3}:
+    if isinstance(order, bool) or not isinstance(order, int) or order not in {1, 2, 3}:
         raise OptionError(
             f"order={order!r}",
             where="propagate",
@@ -552,6 +562,10 @@ def _use_sphere(graph: NetworkGraph, law: GaussianLaw, order: int, angular: bool
     if angular is False or order == 1:
         return False
     possible = law.is_isotropic_centred and graph.positively_homogeneous
+    if angular is None and torch.is_grad_enabled():
+        # Exact at zero biases and a zero mean only: a gradient with respect to them would be wrong.
+        biases = [*(stage.affine.bias for stage in graph.stages), graph.output.bias]
+        possible = possible and not any(x.requires_grad for x in (law.mean, *biases))
     if angular and not possible:
         raise OptionError(
             "angular=True needs a bias-free positively homogeneous network and a law N(0, c I)",

@@ -21,15 +21,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pushforward.errors import OptionError
+from pushforward.errors import OptionError, UnsupportedLayerError
 from pushforward.gaussians.activations import Activation, PiecewisePolynomial, SmoothActivation
 
 __all__ = [
     "activation_of_call",
     "activation_of_module",
+    "is_activation_module",
     "register_activation",
     "supported_activations",
 ]
+
+_NO_SOFTPLUS_STEP = 20.0
 
 ModuleRule = Callable[[Any], Activation | None]
 CallRule = Callable[..., Activation | None]
@@ -81,6 +84,17 @@ def activation_of_module(module: nn.Module) -> Activation | None:
     return None if rule is None else rule(module)
 
 
+def is_activation_module(module: nn.Module) -> bool:
+    """Whether `activation_of_module` has a rule for the module.
+
+    Returns
+    -------
+    bool
+        By the exact type.
+    """
+    return type(module) in _MODULES
+
+
 def activation_of_call(
     target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Activation | None:
@@ -97,11 +111,24 @@ def activation_of_call(
     -------
     Activation or None
         None when `target` is not a known activation.
+
+    Raises
+    ------
+    UnsupportedLayerError
+        For an activation whose parameters are vectors or learned.
     """
     rule = _CALLS.get(target)
     if rule is None:
         return None
     kwargs = {name: value for name, value in kwargs.items() if name != "inplace"}
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and (value.numel() != 1 or value.requires_grad):
+            raise UnsupportedLayerError(
+                "an activation with a vector or a learned parameter",
+                where=getattr(target, "__name__", str(target)),
+                advice="Its parameters must be plain numbers, the same for all units; "
+                "pushforward.monte_carlo takes any network.",
+            )
     return rule(*args, **kwargs)
 
 
@@ -207,10 +234,15 @@ def _gelu(approximate: str = "none") -> Activation:
     return SmoothActivation(name, lambda z: functional.gelu(z, approximate=approximate))
 
 
-def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:  # noqa: ARG001
-    # torch switches to the identity above the threshold; the difference there is below exp(-20).
+def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
+    slope, switch = float(beta), float(threshold)
+    # Above the threshold torch switches to the identity: by default a step of exp(-20), no kink to
+    # speak of, which would only cost panels; below it the step counts.
+    visible = switch < _NO_SOFTPLUS_STEP
+    breakpoints = (switch / slope,) if visible else ()
+    switch = switch if visible else 2 * _NO_SOFTPLUS_STEP
     return SmoothActivation(
-        "softplus", lambda z: functional.softplus(z * beta, threshold=40) / beta
+        "softplus", lambda z: functional.softplus(z, slope, switch), breakpoints
     )
 
 

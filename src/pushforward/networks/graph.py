@@ -107,6 +107,8 @@ class NetworkGraph:
         Module path or traced name of the output.
     dtype, device
         Of the parameters; what is computed inside is float64 on the same device.
+    stacked
+        Names of activations that act directly on the output of another one.
     """
 
     input_features: int
@@ -115,6 +117,7 @@ class NetworkGraph:
     output_name: str
     dtype: torch.dtype
     device: torch.device
+    stacked: tuple[str, ...] = ()
 
     @property
     def output_features(self) -> int:
@@ -219,8 +222,22 @@ def _lower(
         stages.append(Stage(_joint(forms, layout), tuple(groups)))
         layout = next_layout
     return NetworkGraph(
-        atoms[0].size, tuple(stages), _joint([output], layout), output.name, dtype, device
+        atoms[0].size,
+        tuple(stages),
+        _joint([output], layout),
+        output.name,
+        dtype,
+        device,
+        tuple(atom.name for atom in atoms if _acts_on_activation(atom, atoms)),
     )
+
+
+def _acts_on_activation(atom: Atom, atoms: list[Atom]) -> bool:
+    """Whether an activation gets the output of another one unit by unit, not mixed by a layer."""
+    if atom.form is None or len(atom.form.maps) != 1:
+        return False
+    (source, linear), *_ = atom.form.maps.items()
+    return isinstance(linear, Identity) and atoms[source].activation is not None
 
 
 def _joint(forms: list[Any], layout: dict[int, slice]) -> AffineMap:

@@ -23,6 +23,7 @@ from pushforward.gaussians.activations import Activation
 from pushforward.networks.activations import (
     activation_of_call,
     activation_of_module,
+    is_activation_module,
     supported_activations,
 )
 from pushforward.networks.linear_maps import (
@@ -142,6 +143,7 @@ def trace_forms(
     UnsupportedLayerError
         When torch.fx cannot trace the module, or a layer has no rule.
     """
+    _refuse_hooks(net)
     try:
         traced = _Tracer().trace(net)
     except Exception as error:  # torch.fx raises anything that the module's own forward raises
@@ -165,8 +167,7 @@ class _Tracer(fx.Tracer):
     """Keeps modules with a registered activation whole."""
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        known = activation_of_module(module) is not None
-        return known or super().is_leaf_module(module, qualified_name)
+        return is_activation_module(module) or super().is_leaf_module(module, qualified_name)
 
 
 class _Reader:
@@ -182,11 +183,14 @@ class _Reader:
 
     def run(self, traced: fx.Graph) -> Form:
         values: dict[fx.Node, Any] = {}
+        names = {path for path, _ in self.net.named_modules()}
         calls: Counter[str] = Counter()
         inputs = 0
         for node in traced.nodes:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
             if node.op == "placeholder":
+                if inputs and not node.users:
+                    continue  # an optional argument that the forward does not need
                 inputs += 1
                 if inputs > 1:
                     raise UnsupportedLayerError(
@@ -204,8 +208,12 @@ class _Reader:
                 values[node] = constant.to(torch.float64) if is_float else constant
             elif node.op == "call_module":
                 path = str(node.target)
-                name = f"{path}_{calls[path]}" if calls[path] else path
+                name = path
+                while calls[path] and name in names:
+                    name = f"{path}_{calls[path]}"
+                    calls[path] += name in names
                 calls[path] += 1
+                names.add(name)
                 values[node] = self.module(self.net.get_submodule(path), name, args, kwargs)
             elif node.op in {"call_function", "call_method"}:
                 values[node] = self.call(node.name, node.target, args, kwargs)
@@ -242,7 +250,7 @@ class _Reader:
             return form if isinstance(module, _DROPOUTS) else self.batch_norm(path, module, form)
         if isinstance(module, nn.Linear):
             return self.linear(path, form, module.weight, module.bias)
-        if type(module) in _CONVOLUTIONS:
+        if isinstance(module, tuple(_CONVOLUTIONS)):
             return self.convolution(path, module, form)
         if isinstance(module, _POOLINGS):
             return self.structured(path, type(module).__name__, module.forward, form)
@@ -278,7 +286,7 @@ class _Reader:
                 path, type(module).__name__, f"padding_mode={module.padding_mode!r}"
             )
         weight = module.weight.to(torch.float64)
-        convolve = _CONVOLUTIONS[type(module)]
+        convolve = next(f for kind, f in _CONVOLUTIONS.items() if isinstance(module, kind))
 
         def function(x: Tensor) -> Tensor:
             return convolve(
@@ -449,7 +457,7 @@ class _Reader:
         shape: tuple[int, ...],
     ) -> Form:
         maps = {atom: compose(linear, inner) for atom, inner in form.maps.items()}
-        bias = linear.apply(form.bias)
+        bias = linear.apply(form.bias) if _matters(form.bias) else self.zeros(linear.out_features)
         return Form(maps, bias if offset is None else bias + offset, shape, name)
 
     def scaled(self, name: str, form: Form, factor: Tensor, offset: Tensor | None = None) -> Form:
@@ -460,7 +468,7 @@ class _Reader:
             return compose(Structured(lambda x: x * factor, (size,), (size,), float(size)), linear)
 
         maps = {atom: scale(linear) for atom, linear in form.maps.items()}
-        bias = form.bias * factor
+        bias = form.bias * factor if _matters(form.bias) else self.zeros(form.bias.numel())
         return Form(maps, bias if offset is None else bias + offset, form.shape, name)
 
     def structured(
@@ -508,6 +516,12 @@ class _Reader:
         constants = [p for p in parts if not isinstance(p, Form)]
         if constants or (dim % (len(parts[0].shape) + 1)) != 1:
             raise self.unsupported(name, "cat", f"along dimension {dim}, or with constants")
+        if len({part.shape[1:] for part in parts}) > 1:
+            raise ShapeError(
+                f"it joins examples of shapes {', '.join(str(part.shape) for part in parts)}",
+                where=f"cat ({name})",
+                advice="All dimensions but the first of an example must agree.",
+            )
         sizes = [part.bias.numel() for part in parts]
         total = sum(sizes)
         maps: dict[int, LinearMap] = {}
@@ -522,6 +536,9 @@ class _Reader:
             start += size
         shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
         return Form(maps, torch.cat([part.bias for part in parts]), shape, name)
+
+    def zeros(self, size: int) -> Tensor:
+        return self.like.new_zeros(size)
 
     def constant(self, name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
         """A scalar, or a constant tensor spread over the features of one example."""
@@ -565,13 +582,44 @@ def _shape_query(target: Any, args: tuple[Any, ...]) -> Any:
     return getattr(_shadow(form), target)(*rest)
 
 
+def _refuse_hooks(net: nn.Module) -> None:
+    """A hook changes what a module computes, unseen by a trace."""
+    for path, module in net.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise UnsupportedLayerError(
+                "it has a forward hook, which a trace cannot see",
+                where=f"module {path!r} ({type(module).__name__})",
+                advice="Remove it. torch.nn.utils.parametrizations does what the hooks of "
+                "torch.nn.utils.weight_norm and spectral_norm did; prune.remove makes pruning "
+                "permanent.",
+            )
+
+
 def _refuse_overwritten_values(traced: fx.Graph, net: nn.Module) -> None:
-    """An operation in place changes what later readers of its input see; a trace does not."""
+    """An operation in place changes what later readers of its storage see; a trace does not."""
     order = {node: position for position, node in enumerate(traced.nodes)}
+    # The value whose storage a node shares, as far as views and operations in place tell.
+    roots: dict[fx.Node, fx.Node] = {}
+    for node in traced.nodes:
+        source = node.args[0] if node.args else None
+        shares = isinstance(source, fx.Node) and (_in_place(node, net) or _is_view(node, net))
+        roots[node] = roots[source] if shares and isinstance(source, fx.Node) else node
     for node in traced.nodes:
         if not _in_place(node, net) or not isinstance(node.args[0], fx.Node):
             continue
-        later = [user for user in node.args[0].users if order[user] > order[node]]
+        aliases = [other for other, root in roots.items() if root is roots[node]]
+        # What is derived from the result itself sees the change; everything else does not.
+        current = {node}
+        for other in aliases:
+            if order[other] > order[node] and other.args and other.args[0] in current:
+                current.add(other)
+        later = [
+            user
+            for alias in aliases
+            if alias not in current
+            for user in alias.users
+            if order[user] > order[node] and user not in current
+        ]
         if later:
             label = str(node.target) if node.op == "call_module" else node.name
             raise UnsupportedLayerError(
@@ -581,11 +629,20 @@ def _refuse_overwritten_values(traced: fx.Graph, net: nn.Module) -> None:
             )
 
 
+def _is_view(node: fx.Node, net: nn.Module) -> bool:
+    if node.op == "call_module":
+        module = net.get_submodule(str(node.target))
+        return isinstance(module, (nn.Flatten, nn.Unflatten, nn.Identity, *_DROPOUTS))
+    views = (*_RESHAPES, operator.getitem, torch.permute, torch.transpose, "permute", "transpose")
+    return node.op in {"call_function", "call_method"} and node.target in views
+
+
 def _in_place(node: fx.Node, net: nn.Module) -> bool:
     if not node.args:
         return False
     if node.op == "call_module":
-        return bool(getattr(net.get_submodule(str(node.target)), "inplace", False))
+        module = net.get_submodule(str(node.target))
+        return bool(getattr(module, "inplace", False)) and not isinstance(module, _DROPOUTS)
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     if node.op == "call_function":
@@ -593,6 +650,11 @@ def _in_place(node: fx.Node, net: nn.Module) -> bool:
         own = getattr(node.target, "__module__", "") == "_operator" and name in _IN_PLACE_OPERATORS
         return bool(node.kwargs.get("inplace", False)) or name.endswith("_") or own
     return False
+
+
+def _matters(bias: Tensor) -> bool:
+    """Whether a bias is there at all: a zero that is no parameter stays out of autograd."""
+    return bias.requires_grad or bool(bias.any())
 
 
 def _rows_flops(shape: tuple[int, ...], matrix: Tensor) -> float:
