@@ -36,9 +36,10 @@ def expect(
 
     Orders 2 and 3 of cumulant propagation are computed first. Order 3 answers when its error bar
     is small enough; it is an upper estimate, being the difference to the order below. Otherwise
-    samples are added in orthogonal frames, and both are averaged with the inverse of their squared
-    errors as weights: the samples are unbiased, the propagation has the smaller error at first,
-    and the average is never worse than either by their own error bars.
+    samples are added, in orthogonal frames where there are enough for them, and both are averaged
+    with the inverse of their squared errors as weights: the samples are unbiased, the propagation
+    has the smaller error at first, and the average is never worse than either by their own error
+    bars.
 
     Parameters
     ----------

@@ -122,7 +122,8 @@ def propagate(
     angular
         Propagate on the sphere and put the radius back exactly. None does so where it is exact: no
         biases, positively homogeneous activations, an isotropic centred law, at least two hidden
-        layers, order 2 or 3.
+        layers, order 2 or 3, and no gradient asked for biases or the mean of the law, which would
+        not be exact. The members of a batch of laws are treated alike.
     standard_error
         Whether to run a second order for the error bar. Order 1 is compared with order 2; order 2
         with order 3; order 3 with order 2 augmented, which bounds its error from above rather than
@@ -134,7 +135,7 @@ def propagate(
     -------
     OutputLaw
         In the wider dtype of the network and the law, computed in float64. Differentiable in
-        weights and law.
+        weights and law, except where the correlation of a pair crosses `exact_above`.
 
     Raises
     ------
