@@ -245,6 +245,12 @@ def test_transform_has_the_moments_of_the_law(covariance):
     torch.testing.assert_close(centred.T @ centred / len(z), law.dense_covariance())
 
 
+@pytest.mark.parametrize("covariance", [2.25, torch.arange(1, D + 1).double(), FULL])
+def test_transform_moves_along_the_root(covariance):
+    law, z = GaussianLaw(MEAN, covariance), normal(9, 5, D)
+    torch.testing.assert_close(law.transform(z), MEAN + z @ law.root())
+
+
 def test_transform_follows_the_points():
     z = normal(9, 5, D).float()
     assert GaussianLaw(MEAN, FULL).transform(z).dtype == torch.float32

@@ -410,6 +410,11 @@ ONE_LAYER = {
     "trained": (lambda: trained_like_network(16, 1), standard_law(16)),
     "hardtanh": (lambda: mlp(22, (3, 30, 4), ("hardtanh",)), correlated_law(3, seed=7)),
     "abs": (lambda: mlp(23, (2, 20, 3), ("abs",)), correlated_law(2, seed=8)),
+    "unnormalised": (
+        lambda: mlp(27, (3, 20, 3), ("gelu",)),
+        GaussianLaw(100 + 50 * normal(28, 3), 2000.0),
+    ),
+    "saturated": (lambda: mlp(29, (3, 20, 3), ("tanh",), 400.0), correlated_law(3, seed=14)),
     "many": (lambda: mlp(24, (200, 16, 4), ("tanh",)), standard_law(200)),
     "conv": (
         lambda: nn.Sequential(*conv_network(seed=2)[:4], nn.Flatten(), nn.Linear(27, 3)).double(),
@@ -615,13 +620,16 @@ CALIBRATION = [
     (40, 3, nn.ReLU, 0.3),
     (32, 2, nn.GELU, 0.2),
     (24, 2, nn.Tanh, 0.2),
-    (48, 2, nn.Tanh, 0.0),
+    (48, 2, nn.SiLU, 0.1),
 ]
 
 
 @pytest.mark.statistical
 def test_error_bars_are_calibrated():
-    """Median over 36 random networks of estimated over true mean squared error."""
+    """Median over 36 random networks of estimated over true mean squared error.
+
+    Measured 0.95, 0.89, 0.73 and 3.8 for orders 1, 2, 2 augmented and 3.
+    """
     orders = (1, *ORDERS)
     ratios = {order: [] for order in orders}
     for index in range(36):
@@ -635,11 +643,19 @@ def test_error_bars_are_calibrated():
             true = (found.mean - sampled.mean).square().mean() - noise
             ratios[order].append((found.standard_error.square().mean() / true).item())
     median = {order: torch.tensor(values).median().item() for order, values in ratios.items()}
-    print({order: round(value, 3) for order, value in median.items()})
+    print("\nestimated / true MSE:", {order: round(value, 3) for order, value in median.items()})
     for order in (1, "2", "2+"):
         assert 0.5 < median[order] < 2.0, (order, median[order])
     # Order 3 is compared with a less accurate order: a bound, not an estimate.
     assert median["3"] > 1.0
+
+
+def test_the_mean_of_an_odd_network_is_known_exactly():
+    net, law = he_network(16, 2, activation=nn.Tanh), standard_law(16)
+    for order in ORDERS:
+        found = run(net, law, order)
+        assert found.mean.abs().max() < 1e-13
+        assert found.standard_error.max() < 1e-13
 
 
 def test_the_error_bar_is_a_difference_between_orders():
@@ -825,7 +841,7 @@ def test_results_are_complete_and_frozen(order):
     found = run(he_network(6, 2, outputs=3, bias=0.1), correlated_law(6), order, layers=True)
     assert (found.order, found.augmented) == (ORDERS.get(order, (1,))[0], order == "2+")
     assert found.flops > 0
-    assert found.seconds > 0
+    assert 0 < found.seconds < 60
     assert (found.covariance is None) == (order == 1)
     assert (found.third is None) == (order in {1, "2"})
     names = [check.name for check in found.checks]

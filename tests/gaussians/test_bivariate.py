@@ -149,6 +149,9 @@ def test_the_truncation_bound_bounds_a_steep_series(activation):
     assert bool((error <= found.truncation + 1e-9).all())
     assert error[-1] > 1e-6  # the series alone is not exact here
     assert found.truncation[-1] < 10 * error[-1]
+    # Each term that is left out carries at least the power of rho behind the last one.
+    powers = rho ** (SERIES_DEGREE + 1)
+    torch.testing.assert_close(found.truncation, powers * found.truncation[-1])
 
 
 @pytest.mark.parametrize("activation", KINDS, ids=lambda a: a.name)

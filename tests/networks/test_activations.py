@@ -66,6 +66,7 @@ CALLS = [
     (torch.sign, (), {}),
     (torch.heaviside, (torch.tensor(0.5, dtype=torch.float64),), {}),
     (torch.square, (), {}),
+    (torch.pow, (1,), {}),
     (torch.pow, (3,), {}),
     (operator.pow, (2.0,), {}),
     ("pow", (), {"exponent": 4}),

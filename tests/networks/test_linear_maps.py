@@ -54,6 +54,12 @@ def test_independent_variances_go_through_squared_entries(linear):
     torch.testing.assert_close(linear.apply_squared(rows), rows @ matrix.square().T)
 
 
+def test_composed_structured_maps_cost_both():
+    twice = Structured(lambda x: 2 * x, (8,), (8,), flops=8.0)
+    assert compose(twice, CONV).flops == 200.0
+    assert compose(DENSE, Identity(5)).flops == DENSE.flops
+
+
 @every_map
 def test_costs(linear):
     expected = {"identity": 0.0, "dense": 40.0, "conv": 192.0, "pool": 6.0, "joint": 40.0 + 30.0}
