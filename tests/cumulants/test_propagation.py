@@ -14,7 +14,7 @@ from oracles.wick import ACTIVATIONS, leaky_relu
 from pushforward.cumulants import propagation
 from pushforward.cumulants.laws import GaussianLaw
 from pushforward.cumulants.monte_carlo import monte_carlo
-from pushforward.cumulants.output import OutputLaw
+from pushforward.cumulants.output import ErrorBar, Moments, OutputLaw
 from pushforward.cumulants.propagation import depth_over_width, propagate
 from pushforward.errors import OptionError, ResourceError, ShapeError, UnsupportedLayerError
 from pushforward.networks.graph import read_network
@@ -665,6 +665,90 @@ def test_the_error_bar_is_a_difference_between_orders():
     pooled = gap.sum() / two.variance.sum() * one.variance
     torch.testing.assert_close(one.standard_error.square(), (gap + pooled) / 2, rtol=0.5, atol=1e-9)
     assert propagate(net, law, standard_error=False).standard_error is None
+
+
+def check_of(found, name):
+    (check,) = [check for check in found.checks if check.name == name]
+    return check
+
+
+@pytest.mark.parametrize(
+    ("second", "status"), [(-0.2, "pass"), (-0.4, "warn"), (0.25, "pass"), (3.0, "pass")]
+)
+def test_variances_of_dependent_units_are_flagged_at_order_one(second, status):
+    # Two copies of a unit with weights 1 and w: variance 1 + w^2 taken as independent, (1 + w)^2
+    # in truth. The ratio is 1.6, 3.2, 0.68 and 0.63; it is flagged outside 1/2 ... 2.
+    net = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2, bias=False)).double()
+    with torch.no_grad():
+        net[0].weight[1] = net[0].weight[0]
+        net[0].bias[1] = net[0].bias[0]
+        # The second output varies 1e10 times less, whatever its ratio, and does not decide.
+        net[2].weight.copy_(torch.tensor([[1.0, second], [1e-5, -0.9e-5]]))
+    found = propagate(net, standard_law(3), 1)
+    assert check_of(found, "variances-agree").status == status
+    assert check_of(propagate(net, standard_law(3), 2), "variances-agree").status == "pass"
+
+
+@pytest.mark.parametrize(("size", "status"), [(0.19, "pass"), (0.21, "warn"), (1.01, "fail")])
+def test_disagreeing_orders_are_flagged(size, status):
+    spread = torch.tensor([[1.0, 4.0], [2.0, 2.0]]).double()
+    bar = ErrorBar(size * spread.sqrt() * torch.tensor([[1.0], [0.1]]).double(), spread[0])
+    check = propagation._check_agreement(bar, spread, "order 7", 2)
+    assert check.status == status
+    assert f"differ from order 7 by {size:.2g} standard deviations" in check.detail
+    broken = ErrorBar(torch.full((1, 2), torch.nan), spread[0])
+    assert propagation._check_agreement(broken, spread, "order 7", 2).status == "fail"
+
+
+def test_indefinite_output_covariances_are_flagged(monkeypatch):
+    def check(matrix):
+        moments = Moments(torch.zeros(1, 3), matrix.diagonal()[None], matrix[None])
+        monkeypatch.setattr(propagation._Pass, "moments", moments)
+        return propagation._check_covariance(object.__new__(propagation._Pass))
+
+    root = normal(41, 3, 2)
+    assert check(root @ root.T).status == "pass"  # singular, as for redundant outputs
+    assert check(root @ root.T - 1e-3 * torch.eye(3).double()).status == "warn"
+
+
+def test_redundant_outputs_have_a_singular_covariance():
+    net = mlp(42, (4, 6, 2, 5), ("relu", "relu"))
+    assert check_of(propagate(net, standard_law(4)), "covariance-psd").status == "pass"
+
+
+def test_the_error_bar_takes_a_cheaper_order_when_memory_is_short(monkeypatch):
+    net, law = he_network(16, 2, bias=0.1), standard_law(16)
+
+    def compared_with(**options):
+        return check_of(propagate(net, law, **options), "orders-agree").detail
+
+    assert "order 3" in compared_with()
+    # Three float64 factors for each of the two layers behind, 16 x 16 numbers each.
+    monkeypatch.setattr(propagation, "_THIRD_ORDER_BYTES", 3 * 8 * 2 * 16 * 16 + 1)
+    assert "order 3" in compared_with()
+    monkeypatch.setattr(propagation, "_THIRD_ORDER_BYTES", 3 * 8 * 2 * 16 * 16)
+    assert "from order 2 by" in compared_with(augmented=True)
+    assert "order 2 augmented" in compared_with(augmented=False)
+
+
+@pytest.mark.parametrize("budget", [1e5, 1e6, 1e7])
+def test_portions_of_a_batch_fit_the_memory(monkeypatch, budget):
+    net, law = he_network(16, 2, bias=0.1), GaussianLaw(normal(40, 300, 16), 1.0)
+    monkeypatch.setattr(propagation, "_BATCH_BYTES", budget)
+    seen = []
+    activate = propagation.activate
+
+    def spy(tower, *arguments):
+        seen.append(len(tower.mean))
+        return activate(tower, *arguments)
+
+    monkeypatch.setattr(propagation, "activate", spy)
+    propagate(net, law, standard_error=False)
+    assert sum(seen) == 600  # two layers
+    covariance = 8 * 16**2
+    # Ten matrices of a law are held at once; the budget is used to a tenth at least.
+    assert max(seen) * 10 * covariance <= 1.1 * budget
+    assert max(seen) >= min(300, 0.1 * budget / (10 * covariance))
 
 
 def test_breakdown_is_flagged():
