@@ -13,39 +13,61 @@ if TYPE_CHECKING:
     from pushforward.cumulants.propagation import propagate
     from pushforward.errors import PushforwardError
     from pushforward.gaussians.activations import PiecewisePolynomial, SmoothActivation
+    from pushforward.linearised_laplace.fit import laplace, plan_laplace
+    from pushforward.linearised_laplace.posterior import LaplacePosterior, Prediction
     from pushforward.networks.activations import register_activation
+    from pushforward.networks.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
+    from pushforward.networks.model import FunctionalModel
     from pushforward.runs.estimate import Check, Cost, Estimate
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bernoulli",
+    "Categorical",
     "Check",
     "Cost",
     "Estimate",
+    "FunctionalModel",
+    "Gaussian",
     "GaussianLaw",
+    "LaplacePosterior",
     "OutputLaw",
     "PiecewisePolynomial",
+    "Poisson",
+    "Prediction",
     "PushforwardError",
     "SampledLaw",
     "SmoothActivation",
     "expect",
+    "laplace",
     "monte_carlo",
+    "plan_laplace",
     "propagate",
     "register_activation",
 ]
 
 _HOMES = {
+    "Bernoulli": "networks.likelihoods",
+    "Categorical": "networks.likelihoods",
     "Check": "runs.estimate",
     "Cost": "runs.estimate",
     "Estimate": "runs.estimate",
+    "FunctionalModel": "networks.model",
+    "Gaussian": "networks.likelihoods",
     "GaussianLaw": "cumulants.laws",
+    "LaplacePosterior": "linearised_laplace.posterior",
     "OutputLaw": "cumulants.output",
     "PiecewisePolynomial": "gaussians.activations",
+    "Poisson": "networks.likelihoods",
+    "Prediction": "linearised_laplace.posterior",
     "PushforwardError": "errors",
     "SampledLaw": "cumulants.monte_carlo",
     "SmoothActivation": "gaussians.activations",
     "expect": "cumulants.expectation",
+    "laplace": "linearised_laplace.fit",
     "monte_carlo": "cumulants.monte_carlo",
+    "plan_laplace": "linearised_laplace.fit",
     "propagate": "cumulants.propagation",
     "register_activation": "networks.activations",
 }

@@ -104,6 +104,9 @@ class Estimate:
         """
         return to_jsonable(self)
 
+    def __float__(self) -> float:
+        return float(self.value)
+
     def __repr__(self) -> str:
         lines = [f"Estimate by {self.method}"]
         values, errors = self.value.flatten().tolist(), self.standard_error.flatten().tolist()

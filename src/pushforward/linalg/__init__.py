@@ -1,0 +1,1 @@
+"""Linear algebra with matrices that are only known by their products."""

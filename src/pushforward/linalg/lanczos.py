@@ -1,0 +1,91 @@
+"""Traces of functions of a symmetric matrix from its products: stochastic Lanczos quadrature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pushforward.linalg.blocks import inner
+
+__all__ = ["quadratic_forms", "tridiagonalise"]
+
+
+def tridiagonalise(
+    product: Callable[[Tensor], Tensor], start: Float[Tensor, "K P"], steps: int
+) -> tuple[Float[Tensor, "K steps"], Float[Tensor, "K steps"]]:
+    """Lanczos' recurrence for each row: the tridiagonal matrices that the matrix becomes.
+
+    Parameters
+    ----------
+    product
+        A symmetric matrix times each row.
+    start
+        ``(K, P)``, not zero.
+    steps
+        Products to spend.
+
+    Returns
+    -------
+    tuple
+        Diagonals ``(K, steps)`` and the entries beside them, ``(K, steps)`` (the last one is not
+        used), float64. Without reorthogonalisation: extreme eigenvalues may appear twice, which
+        does not harm the quadrature.
+    """
+    current = start / inner(start, start).sqrt().to(start.dtype)[:, None]
+    before, beside = torch.zeros_like(current), torch.zeros_like(current[:, 0]).double()
+    diagonals, offdiagonals = [], []
+    for _ in range(steps):
+        image = product(current)
+        diagonal = inner(image, current)
+        image = image - diagonal.to(image.dtype)[:, None] * current
+        image = image - beside.to(image.dtype)[:, None] * before
+        beside = inner(image, image).sqrt()
+        diagonals.append(diagonal)
+        offdiagonals.append(beside)
+        exhausted = beside <= 1e-12 * diagonal.abs().clamp(min=1e-300)
+        scale = torch.where(exhausted, 0, 1 / beside.clamp(min=1e-300)).to(image.dtype)
+        beside = torch.where(exhausted, 0, beside)
+        offdiagonals[-1] = beside
+        before, current = current, image * scale[:, None]
+    return torch.stack(diagonals, 1), torch.stack(offdiagonals, 1)
+
+
+def quadratic_forms(
+    product: Callable[[Tensor], Tensor],
+    probes: Float[Tensor, "K P"],
+    function: Callable[[Tensor], Tensor],
+    steps: int,
+) -> Float[Tensor, " K"]:
+    """``z . function(matrix) z`` for each probe, by Gauss quadrature.
+
+    Parameters
+    ----------
+    product
+        A symmetric matrix times each row.
+    probes
+        ``(K, P)``; with independent entries of mean zero and variance one the forms' mean is the
+        trace.
+    function
+        Applied to eigenvalues, elementwise.
+    steps
+        Nodes of the quadrature, and products to spend.
+
+    Returns
+    -------
+    Tensor
+        ``(K,)`` float64.
+
+    References
+    ----------
+    S. Ubaru, J. Chen and Y. Saad, *Fast estimation of tr(f(A)) via stochastic Lanczos quadrature*,
+    SIAM J. Matrix Anal. Appl. 38 (2017).
+    """
+    diagonals, beside = tridiagonalise(product, probes, steps)
+    matrices = torch.diag_embed(diagonals)
+    matrices += torch.diag_embed(beside[:, :-1], 1) + torch.diag_embed(beside[:, :-1], -1)
+    nodes, vectors = torch.linalg.eigh(matrices)
+    weights = vectors[:, 0].square()
+    return inner(probes, probes) * (weights * function(nodes)).sum(1)

@@ -1,0 +1,521 @@
+"""The one call: from a trained network and its data to a posterior over its weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pushforward.errors import OptionError
+from pushforward.linalg.lanczos import quadratic_forms
+from pushforward.linearised_laplace.exact import dual_factor, primal_factor
+from pushforward.linearised_laplace.exact_fit import fit_exactly
+from pushforward.linearised_laplace.linear_model import LinearModel, Offset, check_problem
+from pushforward.linearised_laplace.mode import find_mode
+from pushforward.linearised_laplace.plan import (
+    choose_method,
+    exact_plan,
+    sampled_plan,
+    use_weights,
+)
+from pushforward.linearised_laplace.posterior import LaplacePosterior
+from pushforward.linearised_laplace.priors import Prior
+from pushforward.linearised_laplace.resumable import run
+from pushforward.linearised_laplace.sampled import SampledState, SampledTask, current_likelihood
+from pushforward.networks.data import Examples
+from pushforward.networks.likelihoods import Gaussian, Likelihood
+from pushforward.networks.model import FunctionalModel
+from pushforward.runs.distributed import ProcessGrid
+from pushforward.runs.estimate import Check, Cost, Estimate
+from pushforward.runs.plan import Plan, available_memory
+from pushforward.runs.progress import track
+from pushforward.runs.rng import stream
+from pushforward.runs.store import Checkpoint
+
+__all__ = ["laplace", "plan_laplace"]
+
+_FEW_DRAWS = 16
+_EVIDENCE_PROBES, _EVIDENCE_STEPS = 8, 30
+_WORKSPACE = {"cpu": 2**25, "cuda": 2**30}
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """The arguments of a call, read and checked."""
+
+    linear: LinearModel
+    learn_prior: bool
+    noise: float | None  # where learning begins; None when the noise is not learned
+
+
+def laplace(
+    net: nn.Module | FunctionalModel,
+    data: Any,
+    likelihood: Likelihood,
+    *,
+    method: Literal["auto", "exact", "sampled"] = "auto",
+    subset: str | Iterable[str] | None = None,
+    prior: Literal["isotropic", "layerwise", "gprior"] = "isotropic",
+    prior_precision: float | Mapping[str, float] | Tensor | None = None,
+    num_draws: int = 64,
+    offset: Offset = "affine",
+    tolerance: float = 0.1,
+    block: int = 64,
+    evidence: bool = False,
+    data_shards: int | None = None,
+    workspace: int | None = None,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> LaplacePosterior:
+    """How sure a trained network is: the Gaussian posterior of its linearisation.
+
+    The network is replaced by its tangent ``f(x) + J(x)(theta - theta*)`` at the trained weights.
+    The posterior over the weights is then Gaussian with precision ``H = J^T B J + A`` (``B`` the
+    curvature of the likelihood, ``A`` the prior's precision); predictions keep the network's own
+    outputs as their mean and get ``J H^{-1} J^T`` as their epistemic covariance.
+
+    Small problems are solved by Cholesky factorisation; large ones by posterior draws, each the
+    solution of a linear system, all solved together by block conjugate gradients from products with
+    the Jacobian alone. Nothing of size examples x outputs x weights is ever formed.
+
+    Parameters
+    ----------
+    net
+        Trained, in evaluation mode; or a `FunctionalModel`.
+    data
+        Its training data, always in the same order and without augmentation: a pair of tensors, or
+        a loader of ``(inputs, targets)`` or of mappings.
+    likelihood
+        `Gaussian`, `Categorical`, `Bernoulli` or `Poisson`; ``Gaussian()`` learns its noise.
+    method
+        ``"exact"`` for up to about 5,000 weights or outputs, ``"sampled"`` for any size;
+        ``"auto"`` chooses.
+    subset
+        Patterns of the parameters that are uncertain, such as ``"head.*"``. Default: all that
+        require a gradient, without scale and shift of normalisation layers.
+    prior
+        ``"isotropic"``: one precision. ``"layerwise"``: one for each module, needed with
+        normalisation layers. ``"gprior"``: one, in units of the features; it does not depend on
+        how the network is parametrised.
+    prior_precision
+        A positive number, or one for each layer by name; None learns it from the data.
+    num_draws
+        Posterior draws. The relative standard error of a variance is ``sqrt(2 / num_draws)``.
+    offset
+        The linear model from which prior and noise are learned: ``"affine"`` is the tangent,
+        ``"linear"`` drops its offset, ``J(x) theta``.
+    tolerance
+        Error of the sampled draws, relative to their spread over the training outputs.
+    block
+        Draws solved together. More converge in fewer passes and need more memory. Blocks are what
+        processes share when `data_shards` leaves them draws to share.
+    evidence
+        Whether to estimate the log evidence of a sampled posterior; it costs about 30 passes with
+        eight vectors. An exact posterior always has it.
+    data_shards
+        Under torchrun, processes that share the data; the rest share the blocks of draws. Default:
+        all share the data, which gives the result of one process up to rounding.
+    workspace
+        Bytes of activations to hold at a time. Default 32 MiB on a CPU, whose caches it should not
+        exceed by much, 1 GiB on a GPU.
+    seed
+        Of all noise.
+    checkpoint
+        Folder in which a sampled run keeps its state; the same call resumes it.
+    progress
+        Whether to show a bar; None: on a terminal, when it takes long.
+
+    Returns
+    -------
+    LaplacePosterior
+        Predicts, saves, and says how far to trust it.
+
+    Raises
+    ------
+    OptionError
+        For an option out of range, or when `subset` matches nothing.
+    NetworkError
+        For a network in training mode or with weights that are not finite.
+    DataError
+        For data that are empty, shuffled, augmented, not finite, or targets out of range.
+    ShapeError
+        When targets do not fit the outputs.
+    ResourceError
+        When it does not fit into memory; the message says what takes most.
+    WeightsError
+        When the checkpoint belongs to another network, other data or other settings.
+
+    Examples
+    --------
+    >>> import torch, pushforward as pf
+    >>> x = torch.linspace(-1, 1, 20).double().unsqueeze(1)
+    >>> net = torch.nn.Linear(1, 1).double()
+    >>> posterior = pf.laplace(net, (x, 2 * x), pf.Gaussian(0.01), prior_precision=1.0)
+    >>> posterior.predict(x).epistemic_variance.shape
+    torch.Size([20, 1])
+
+    Notes
+    -----
+    Sections 1 to 3 of the method's description: the linear model and its evidence (arXiv
+    2206.08900), draws by optimisation and learning the prior from them (arXiv 2210.04994; arXiv
+    2404.19157).
+    """
+    began = perf_counter()
+    problem = _read_problem(
+        net, data, likelihood, subset, prior, prior_precision, offset, data_shards, workspace
+    )
+    _check_counts(num_draws, block, tolerance)
+    chosen = choose_method(method, problem.linear)
+    if chosen == "exact":
+        return _exact(problem, num_draws, seed, progress, began)
+    task = SampledTask(
+        problem.linear,
+        num_draws,
+        seed,
+        problem.learn_prior,
+        problem.noise is not None,
+        tolerance=tolerance,
+        block=block,
+    )
+    folder = None if checkpoint is None else Path(checkpoint)
+    return _sampled(problem, task, folder, evidence, progress, began)
+
+
+def plan_laplace(
+    net: nn.Module | FunctionalModel,
+    data: Any,
+    likelihood: Likelihood,
+    *,
+    method: Literal["auto", "exact", "sampled"] = "auto",
+    subset: str | Iterable[str] | None = None,
+    prior: Literal["isotropic", "layerwise", "gprior"] = "isotropic",
+    prior_precision: float | Mapping[str, float] | Tensor | None = None,
+    num_draws: int = 64,
+    block: int = 64,
+    data_shards: int | None = None,
+    workspace: int | None = None,
+) -> Plan:
+    """What `laplace` will need, without running it.
+
+    Parameters
+    ----------
+    net, data, likelihood, method, subset, prior, prior_precision, num_draws, block, data_shards, \
+workspace
+        As in `laplace`.
+
+    Returns
+    -------
+    Plan
+        Memory, passes over the data and expected time.
+    """
+    problem = _read_problem(
+        net, data, likelihood, subset, prior, prior_precision, "affine", data_shards, workspace
+    )
+    _check_counts(num_draws, block, 0.1)
+    if choose_method(method, problem.linear) == "exact":
+        return exact_plan(problem.linear)
+    learn = problem.learn_prior or problem.noise is not None
+    return sampled_plan(problem.linear, num_draws, block, learn=learn)
+
+
+def _read_problem(
+    net: nn.Module | FunctionalModel,
+    data: Any,
+    likelihood: Likelihood,
+    subset: str | Iterable[str] | None,
+    kind: str,
+    precision: float | Mapping[str, float] | Tensor | None,
+    offset: str,
+    data_shards: int | None,
+    workspace: int | None,
+) -> _Problem:
+    if not isinstance(likelihood, Likelihood):
+        raise OptionError(
+            f"{likelihood!r} is no likelihood",
+            where="likelihood",
+            advice="Pass pf.Gaussian(), pf.Categorical(), pf.Bernoulli() or pf.Poisson().",
+        )
+    if offset not in ("affine", "linear"):
+        raise OptionError(
+            f"there is no offset {offset!r}",
+            where="offset",
+            advice="Choose 'affine' or 'linear'.",
+        )
+    model = FunctionalModel.of(net, subset)
+    start = 1.0 if precision is None else precision
+    weights = Prior.start(kind, model.space, start, model.device)
+    examples = Examples.read(data, device=model.device)
+    noise = None
+    if isinstance(likelihood, Gaussian) and likelihood.noise_variance is None:
+        likelihood, noise = likelihood.with_noise(1.0), 1.0
+    check_problem(model, examples, likelihood)
+    linear = LinearModel(
+        model,
+        examples,
+        likelihood,
+        weights,
+        "affine" if offset == "affine" else "linear",
+        _WORKSPACE.get(model.device.type, 2**27) if workspace is None else workspace,
+        _grid(data_shards),
+    )
+    if noise is not None:
+        noise = _starting_noise(linear)
+    return _Problem(linear, precision is None, noise)
+
+
+def _grid(data_shards: int | None) -> ProcessGrid:
+    if data_shards is None:
+        initialised = torch.distributed.is_available() and torch.distributed.is_initialized()
+        data_shards = torch.distributed.get_world_size() if initialised else 1
+    return ProcessGrid.from_environment(data_shards)
+
+
+def _starting_noise(linear: LinearModel) -> float:
+    """The network's own mean squared error: too small when it overfits, which learning corrects."""
+    at_trained = replace(linear, offset="affine")
+    count = len(linear.examples) * linear.num_outputs
+    total = float(at_trained.squared_residuals(linear.prior.coordinates(linear.model.vector)))
+    return max(total / count, 1e-12)
+
+
+def _check_counts(num_draws: int, block: int, tolerance: float) -> None:
+    for name, value in (("num_draws", num_draws), ("block", block)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise OptionError(
+                f"{value!r} is no number of draws", where=name, advice="Give a positive integer."
+            )
+    if not 0 < tolerance < 1:
+        raise OptionError(
+            f"{tolerance!r} is no relative error",
+            where="tolerance",
+            advice="Give a number between 0 and 1, such as 0.1.",
+        )
+
+
+def _exact(
+    problem: _Problem, num_draws: int, seed: int, progress: bool | None, began: float
+) -> LaplacePosterior:
+    linear = problem.linear
+    plan = exact_plan(linear)
+    plan.require(available_memory(linear.model.device))
+    with track(len(linear.examples), "Jacobians of all examples", enabled=progress) as advance:
+        counted = replace(linear, advance=advance)
+        factor = primal_factor(counted) if use_weights(linear) else dual_factor(counted)
+    prior = linear.prior.with_scale(factor.diagonal)
+    scaled = factor.rescaled(prior.scale)
+    linear = linear.with_prior(_starting_prior(prior, linear, problem.learn_prior))
+    with track(None, "Learning prior and noise", enabled=progress) as advance:
+        fit = fit_exactly(
+            linear,
+            scaled,
+            noise=problem.noise,
+            learn_prior=problem.learn_prior,
+            after_round=lambda _round: advance(1),
+        )
+    layers = fit.factor.effective_dimensions()
+    cost = Cost(0.0, perf_counter() - began)
+    checks = _prior_checks(fit.prior, fit.settled or not fit.rounds)
+    return LaplacePosterior(
+        likelihood=current_likelihood(linear.likelihood, fit.noise_variance),
+        method="exact",
+        offset=linear.offset,
+        effective_dimension=_exactly(layers.sum(), "Cholesky factorisation", cost),
+        layer_effective_dimension=_exactly(layers, "Cholesky factorisation", cost),
+        log_evidence=_exactly(torch.tensor(fit.log_evidence), "Cholesky factorisation", cost),
+        rounds=fit.rounds,
+        num_examples=len(linear.examples),
+        checks=checks,
+        cost=cost,
+        plan=plan,
+        num_draws=num_draws,
+        seed=seed,
+        model=linear.model,
+        prior=fit.prior,
+        mode=fit.prior.scaled(fit.mode),
+        _factor=fit.factor,
+    )
+
+
+def _starting_prior(prior: Prior, linear: LinearModel, learn: bool) -> Prior:
+    """Precisions at which the trained weights would be ordinary draws, when they are learned."""
+    if not learn:
+        return prior
+    norms = prior.group_sums(prior.coordinates(linear.model.vector).double().square())
+    return prior.with_precision(prior.sizes / norms.clamp(min=1e-12))
+
+
+def _sampled(
+    problem: _Problem,
+    task: SampledTask,
+    folder: Path | None,
+    evidence: bool,
+    progress: bool | None,
+    began: float,
+) -> LaplacePosterior:
+    linear = problem.linear
+    learn = problem.learn_prior or task.learn_noise
+    plan = sampled_plan(linear, task.num_draws, task.block, learn=learn)
+    plan.require(available_memory(linear.model.device))
+    grid = linear.grid
+    store = None
+    if folder is not None:
+        if grid.draw_shards > 1:
+            folder = folder / f"draws-{grid.draw_index}"
+        store = Checkpoint(folder, _identity(problem, task))
+    shown = progress if grid.is_first else False
+    with track(None, "Posterior draws", enabled=shown) as advance:
+        counted = replace(task, linear=replace(linear, advance=advance))
+        state = run(counted, linear.prior, problem.noise, store)
+        log_evidence = _evidence(counted, state) if evidence else None
+    return _assembled(problem, task, state, plan, log_evidence, perf_counter() - began)
+
+
+def _assembled(
+    problem: _Problem,
+    task: SampledTask,
+    state: SampledState,
+    plan: Plan,
+    log_evidence: Estimate | None,
+    seconds: float,
+) -> LaplacePosterior:
+    linear, grid = problem.linear, problem.linear.grid
+    assert state.draws is not None
+    assert state.gammas is not None
+    assert state.errors is not None
+    draws = grid.gather_draws(state.prior.scaled(state.draws))
+    gammas, errors = grid.gather_draws(state.gammas), grid.gather_draws(state.errors)
+    cost = Cost(0.0, seconds, round(state.work * len(linear.examples)))
+    unsolved = float(errors.mean())
+    checks = (
+        *_prior_checks(state.prior, bool(state.notes.get("settled", True))),
+        Check(
+            "draws-solved",
+            "pass" if unsolved <= 1.01 * task.tolerance**2 else "warn",
+            f"their error is {unsolved**0.5:.2g} of their spread over the training outputs",
+            ""
+            if unsolved <= 1.01 * task.tolerance**2
+            else "Their variances are too large where the data decide. Use float64, a larger "
+            "prior precision, or more steps.",
+        ),
+        Check(
+            "enough-draws",
+            "pass" if len(draws) >= _FEW_DRAWS else "warn",
+            f"{len(draws)} draws: variances have a relative error of "
+            f"{100 * (2 / len(draws)) ** 0.5:.0f} %",
+            "" if len(draws) >= _FEW_DRAWS else "Take 64 or more.",
+        ),
+    )
+    method = f"{len(draws)} posterior draws"
+    totals = gammas.sum(1)
+    return LaplacePosterior(
+        likelihood=current_likelihood(linear.likelihood, state.noise_variance),
+        method="sampled",
+        offset=linear.offset,
+        effective_dimension=Estimate(totals.mean(), _error(totals, unsolved), cost, method, checks),
+        layer_effective_dimension=Estimate(
+            gammas.mean(0), _error(gammas, unsolved), cost, method, checks
+        ),
+        log_evidence=log_evidence,
+        rounds=state.rounds,
+        num_examples=len(linear.examples),
+        checks=checks,
+        cost=cost,
+        plan=plan,
+        num_draws=task.num_draws,
+        seed=task.seed,
+        model=linear.model,
+        prior=state.prior,
+        mode=None if state.mode is None else state.prior.scaled(state.mode),
+        _draws=draws,
+    )
+
+
+def _error(gammas: Tensor, unsolved: float) -> Tensor:
+    """Standard error over draws, and what the solver left undone, added in squares."""
+    mean = gammas.mean(0)
+    count = len(gammas)
+    sampling = gammas.std(0) / count**0.5 if count > 1 else (2 * mean.clamp(min=0)).sqrt()
+    return (sampling.square() + (unsolved * mean).square()).sqrt()
+
+
+def _exactly(value: Tensor, method: str, cost: Cost) -> Estimate:
+    return Estimate(value, torch.zeros_like(value), cost, method)
+
+
+def _prior_checks(prior: Prior, settled: bool) -> tuple[Check, ...]:
+    largest = prior.with_precision(torch.full_like(prior.precision, float("inf"))).precision
+    pruned = [
+        name
+        for name, cut in zip(prior.groups, (prior.precision >= largest).tolist(), strict=True)
+        if cut
+    ]
+    return (
+        Check(
+            "prior-settled",
+            "pass" if settled else "warn",
+            "the prior's precision reached its fixed point" if settled else "it was still moving",
+            "" if settled else "Look at posterior.rounds, or give prior_precision.",
+        ),
+        Check(
+            "prior-not-pruned",
+            "warn" if pruned else "pass",
+            f"the evidence asks for an infinite precision of {', '.join(pruned)}"
+            if pruned
+            else "no layer's precision ran off to infinity",
+            "These layers carry no uncertainty now. Give their precision, or use prior='gprior'."
+            if pruned
+            else "",
+        ),
+    )
+
+
+def _evidence(task: SampledTask, state: SampledState) -> Estimate:
+    """Log evidence at the mode, its log-determinant by stochastic Lanczos quadrature."""
+    likelihood = current_likelihood(task.linear.likelihood, state.noise_variance)
+    linear = task.linear.with_prior(state.prior).with_likelihood(likelihood)
+    began, prior = perf_counter(), state.prior
+    start = linear.model.vector if state.mode is None else prior.scaled(state.mode)
+    root = prior.diagonal(linear.model.dtype).rsqrt()
+    mode = find_mode(
+        linear, prior.coordinates(start), lambda rows: root.square() * rows, tolerance=1e-3
+    )
+    signs = stream(task.seed, "evidence", device=linear.model.device)
+    shape = (_EVIDENCE_PROBES, linear.model.space.size)
+    probes = 2.0 * torch.randint(2, shape, generator=signs, device=linear.model.device) - 1
+    forms = quadratic_forms(
+        lambda rows: root * linear.product(root * rows),
+        probes.to(linear.model.dtype),
+        lambda values: values.clamp(min=0).log1p(),
+        _EVIDENCE_STEPS,
+    )
+    norms = prior.group_sums(mode.point.double().square())
+    value = -mode.loss - 0.5 * (prior.precision * norms).sum() - 0.5 * forms.mean()
+    error = 0.5 * forms.std() / len(forms) ** 0.5
+    passes = mode.passes + _EVIDENCE_STEPS * _EVIDENCE_PROBES
+    cost = Cost(0.0, perf_counter() - began, passes * len(linear.examples))
+    return Estimate(value, error, cost, "stochastic Lanczos quadrature at the linear mode")
+
+
+def _identity(problem: _Problem, task: SampledTask) -> dict[str, Any]:
+    linear = problem.linear
+    return {
+        "network": linear.model.fingerprint(),
+        "parameters": linear.model.space.fingerprint(),
+        "data": linear.examples.fingerprint(),
+        "likelihood": linear.likelihood.to_config(),
+        "prior": linear.prior.to_config(),
+        "learn": [task.learn_prior, task.learn_noise],
+        "offset": linear.offset,
+        "num_draws": task.num_draws,
+        "block": task.block,
+        "tolerance": task.tolerance,
+        "seed": task.seed,
+        "shards": [linear.grid.draw_shards, linear.grid.data_shards],
+    }

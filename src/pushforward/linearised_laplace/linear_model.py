@@ -1,0 +1,462 @@
+"""The linear model that a network is at its trained weights, and its passes over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pushforward.errors import DataError, ShapeError
+from pushforward.linearised_laplace.priors import Prior
+from pushforward.networks.batches import Batch
+from pushforward.networks.data import Examples
+from pushforward.networks.likelihoods import Gaussian, Likelihood
+from pushforward.networks.model import FunctionalModel
+from pushforward.networks.tangent import Tangent
+from pushforward.runs.distributed import ProcessGrid
+from pushforward.runs.rng import stream
+
+__all__ = ["NOISE_BLOCK", "LinearModel", "Offset", "Sketch", "activation_bytes"]
+
+Offset = Literal["affine", "linear"]
+
+NOISE_BLOCK = 64
+"""Examples that share a stream of noise; sums over them are what a sketch squares."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sketch:
+    """Random vectors with the covariance of the Gauss-Newton matrix, and its diagonal from them.
+
+    Parameters
+    ----------
+    vectors
+        ``(K, P)``: ``sum_i J_i^T L_i e_ik`` with ``L_i L_i^T`` the curvature of example i and ``e``
+        standard normal.
+    diagonal
+        ``(P,)``: unbiased estimate of the diagonal of ``M``. The noise of different blocks of
+        examples is independent, so the squares of the blocks' sums add up to it.
+    """
+
+    vectors: Float[Tensor, "K P"]
+    diagonal: Float[Tensor, " P"]
+
+
+@dataclass(frozen=True, eq=False)
+class LinearModel:
+    """``h(w) = f(theta*) + J (scale w - theta*)`` (affine) or ``J scale w`` (linear), over data.
+
+    All methods are passes over the data (the share of this process; sums are over all). Vectors are
+    in the coordinates ``w`` of the prior; ``J' = J scale``.
+
+    Parameters
+    ----------
+    model
+        The network at its trained weights ``theta*``.
+    examples
+        Its training data.
+    likelihood
+        Its curvature at the outputs of the network weighs the outputs.
+    prior
+        Its scale defines the coordinates; its precision is not used here.
+    offset
+        Which of the two linear models.
+    workspace
+        Bytes of activations to work with at a time.
+    grid
+        The processes that share the data.
+    advance
+        Called with the number of examples after every batch.
+    """
+
+    model: FunctionalModel
+    examples: Examples
+    likelihood: Likelihood
+    prior: Prior
+    offset: Offset = "affine"
+    workspace: int = 2**25
+    grid: ProcessGrid = field(default_factory=ProcessGrid.serial)
+    advance: Callable[[int], None] = lambda _count: None
+
+    def with_prior(self, prior: Prior) -> LinearModel:
+        """The same model in the coordinates of another prior.
+
+        Returns
+        -------
+        LinearModel
+            Sharing everything else.
+        """
+        return replace(self, prior=prior)
+
+    def with_likelihood(self, likelihood: Likelihood) -> LinearModel:
+        """The same model with another noise.
+
+        Returns
+        -------
+        LinearModel
+            Sharing everything else.
+        """
+        return replace(self, likelihood=likelihood)
+
+    @cached_property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of the outputs of one example."""
+        batch = self.examples.select(torch.tensor([0]))
+        return tuple(self.model.predict(batch.inputs).shape[1:])
+
+    @cached_property
+    def num_outputs(self) -> int:
+        """Scalar outputs of one example: ``C``."""
+        return int(torch.Size(self.event_shape).numel())
+
+    @cached_property
+    def activation_bytes(self) -> int:
+        """Memory that one example takes on its way through the network."""
+        return activation_bytes(self.model, self.examples.select(torch.tensor([0])))
+
+    def batch_sizes(self, vectors: int) -> tuple[int, int]:
+        """How many examples and vectors to take through the network at a time.
+
+        Parameters
+        ----------
+        vectors
+            How many there are.
+
+        Returns
+        -------
+        tuple of int
+            Examples, and vectors of a chunk, whose product of activations fits the workspace.
+        """
+        room = max(1, self.workspace // self.activation_bytes)
+        examples = min(4096, max(room // max(vectors, 1), min(NOISE_BLOCK, room)))
+        return examples, max(1, min(vectors, room // examples))
+
+    def product(self, vectors: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
+        """``M' v`` with ``M' = J'^T B J'`` over all examples.
+
+        Parameters
+        ----------
+        vectors
+            ``(K, P)``.
+
+        Returns
+        -------
+        Tensor
+            ``(K, P)``.
+        """
+        directions = self.prior.scaled(vectors)
+        total = torch.zeros_like(vectors)
+        for _, batch in self._pass(len(vectors)):
+            total += self.batch_product(batch, directions)
+        return self.prior.scaled(self.grid.sum_over_data(total))
+
+    def batch_product(self, batch: Batch, directions: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
+        """``J^T B J v`` over one batch, in weight space.
+
+        Parameters
+        ----------
+        batch
+            Some examples.
+        directions
+            ``(K, P)``.
+
+        Returns
+        -------
+        Tensor
+            ``(K, P)``.
+        """
+        tangent, curvature = self._tangent(len(directions)), self.likelihood.curvature_product
+        found, _ = tangent.product(batch.inputs, directions, curvature)
+        return found
+
+    def product_at(
+        self, point: Float[Tensor, " P"], vectors: Float[Tensor, "K P"]
+    ) -> Float[Tensor, "K P"]:
+        """``J'^T B(h(w)) J' v``: the curvature taken at the outputs of the linear model.
+
+        Parameters
+        ----------
+        point
+            ``(P,)``, the w.
+        vectors
+            ``(K, P)``.
+
+        Returns
+        -------
+        Tensor
+            ``(K, P)``.
+        """
+        weights = self._displacement(point)
+        directions = torch.cat([weights[None], self.prior.scaled(vectors)])
+        total = torch.zeros_like(vectors)
+        for tangent, batch in self._pass(len(directions)):
+            moved = tangent.jvp(batch.inputs, directions)
+            outputs = self._shifted(batch, moved[0])
+            total += tangent.vjp(
+                batch.inputs, self.likelihood.curvature_product(outputs, moved[1:])
+            )
+        return self.prior.scaled(self.grid.sum_over_data(total))
+
+    def loss_and_gradient(
+        self, point: Float[Tensor, " P"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " P"]]:
+        """Negative log-likelihood of the linear model, and its gradient.
+
+        Parameters
+        ----------
+        point
+            ``(P,)``, the w.
+
+        Returns
+        -------
+        tuple
+            A number (float64) and ``(P,)``.
+        """
+        weights = self._displacement(point)
+        loss = torch.zeros((), dtype=torch.float64, device=point.device)
+        gradient = torch.zeros_like(point)
+        for tangent, batch in self._pass(1):
+            outputs = self._shifted(batch, tangent.jvp(batch.inputs, weights[None])[0])
+            targets = self._targets(batch, outputs)
+            loss -= self.likelihood.log_prob(outputs, targets).sum(dtype=torch.float64)
+            gradient -= tangent.vjp(batch.inputs, self.likelihood.score(outputs, targets)[None])[0]
+        return self.grid.sum_over_data(loss), self.prior.scaled(self.grid.sum_over_data(gradient))
+
+    def losses_along(
+        self,
+        point: Float[Tensor, " P"],
+        direction: Float[Tensor, " P"],
+        steps: Float[Tensor, " S"],
+    ) -> Float[Tensor, " S"]:
+        """Negative log-likelihood of the linear model at several points of a line, in one pass.
+
+        Parameters
+        ----------
+        point, direction
+            ``(P,)``.
+        steps
+            ``(S,)`` multiples of the direction.
+
+        Returns
+        -------
+        Tensor
+            ``(S,)`` float64.
+        """
+        both = torch.stack([self._displacement(point), self.prior.scaled(direction)])
+        losses = torch.zeros(len(steps), dtype=torch.float64, device=point.device)
+        for tangent, batch in self._pass(2):
+            moved, along = tangent.jvp(batch.inputs, both)
+            outputs = self._shifted(batch, moved)
+            reach = steps.to(outputs.dtype).reshape(-1, *[1] * outputs.dim())
+            targets = self._targets(batch, outputs)
+            found = self.likelihood.log_prob(outputs + reach * along, targets)
+            losses -= found.sum(-1, dtype=torch.float64)
+        return self.grid.sum_over_data(losses)
+
+    def squared_residuals(self, point: Float[Tensor, " P"]) -> Float[Tensor, ""]:
+        """``sum (y - h(w))^2`` over examples and outputs, for regression.
+
+        Parameters
+        ----------
+        point
+            ``(P,)``, the w.
+
+        Returns
+        -------
+        Tensor
+            A number, float64.
+        """
+        weights = self._displacement(point)
+        total = torch.zeros((), dtype=torch.float64, device=point.device)
+        for tangent, batch in self._pass(1):
+            outputs = self._shifted(batch, tangent.jvp(batch.inputs, weights[None])[0])
+            difference = self._targets(batch, outputs) - outputs
+            total += difference.double().square().sum()
+        return self.grid.sum_over_data(total)
+
+    def sketch(self, draws: range, seed: int) -> Sketch:
+        """Random vectors with covariance ``M'``, one for each draw.
+
+        Parameters
+        ----------
+        draws
+            Numbers of the draws: draw k has the same noise whatever else is drawn.
+        seed
+            Of the noise.
+
+        Returns
+        -------
+        Sketch
+            In coordinates w.
+        """
+        space = self.model.space
+        total = torch.zeros(
+            len(draws), space.size, dtype=self.model.dtype, device=self.model.device
+        )
+        diagonal = torch.zeros(space.size, dtype=torch.float64, device=self.model.device)
+        tangent = self._tangent(len(draws))
+        examples, _ = self.batch_sizes(len(draws))
+        start, stop = self._share
+        for first in range(start, stop, NOISE_BLOCK):
+            noise = self._noise(first // NOISE_BLOCK, draws, seed)
+            block = torch.zeros_like(total)
+            last = min(first + NOISE_BLOCK, stop)
+            for batch in self.examples.batches(min(examples, NOISE_BLOCK), start=first, stop=last):
+                outputs = self.model.predict(batch.inputs)
+                begin = int(batch.indices[0]) - first
+                pushed = self.likelihood.curvature_factor(
+                    outputs, noise[:, begin : begin + len(batch)]
+                )
+                block += tangent.vjp(batch.inputs, pushed)
+                self.advance(len(batch))
+            total += block
+            diagonal += block.double().square().mean(0)
+        vectors = self.prior.scaled(self.grid.sum_over_data(total))
+        scale = 1.0 if self.prior.scale is None else self.prior.scale.double().square()
+        return Sketch(vectors, self.grid.sum_over_data(diagonal) * scale)
+
+    def jacobian_blocks(self) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        """Jacobians in blocks, for small problems.
+
+        Yields
+        ------
+        tuple
+            A batch, the network's outputs ``(B, *event)``, and ``J`` of shape ``(B, C, P)``
+            float64, in weight space.
+        """
+        size = max(1, min(1024, 2**24 // (self.num_outputs * self.model.space.size)))
+        start, stop = self._share
+        for batch in self.examples.batches(size, start=start, stop=stop):
+            jacobian = Tangent(self.model).jacobian(batch.inputs).double()
+            yield batch, self.model.predict(batch.inputs), jacobian
+            self.advance(len(batch))
+
+    def _pass(self, vectors: int) -> Iterator[tuple[Tangent, Batch]]:
+        examples, _ = self.batch_sizes(vectors)
+        tangent = self._tangent(vectors)
+        start, stop = self._share
+        for batch in self.examples.batches(examples, start=start, stop=stop):
+            yield tangent, batch
+            self.advance(len(batch))
+
+    def _tangent(self, vectors: int) -> Tangent:
+        _, chunk = self.batch_sizes(vectors)
+        return Tangent(self.model, chunk if chunk < vectors else None)
+
+    @cached_property
+    def _share(self) -> tuple[int, int]:
+        """First example of this process and the one behind its last: whole blocks of noise.
+
+        Returns
+        -------
+        tuple of int
+            Equal when there are more processes than blocks.
+        """
+        count = len(self.examples)
+        blocks = -(-count // NOISE_BLOCK)
+        first, last = (
+            min(count, NOISE_BLOCK * (blocks * i // self.grid.data_shards))
+            for i in (self.grid.data_index, self.grid.data_index + 1)
+        )
+        return first, last
+
+    def _noise(self, block: int, draws: range, seed: int) -> Tensor:
+        shape, device = (NOISE_BLOCK, *self.event_shape), self.model.device
+        return torch.stack(
+            [
+                torch.randn(
+                    shape,
+                    generator=stream(seed, "targets", draw, block, device=device),
+                    dtype=self.model.dtype,
+                    device=device,
+                )
+                for draw in draws
+            ]
+        )
+
+    def _displacement(self, point: Tensor) -> Tensor:
+        weights = self.prior.scaled(point)
+        return weights - self.model.vector if self.offset == "affine" else weights
+
+    def _shifted(self, batch: Batch, moved: Tensor) -> Tensor:
+        return self.model.predict(batch.inputs) + moved if self.offset == "affine" else moved
+
+    def _targets(self, batch: Batch, outputs: Tensor) -> Tensor:
+        assert batch.targets is not None  # the data were read with targets
+        return self.likelihood.check_targets(outputs, batch.targets, self.examples.name)
+
+
+def activation_bytes(model: FunctionalModel, batch: Batch) -> int:
+    """Memory that one example takes on its way through a network.
+
+    Parameters
+    ----------
+    model
+        The network.
+    batch
+        Some examples.
+
+    Returns
+    -------
+    int
+        Bytes of what a backward pass would keep, outputs included, parameters not.
+    """
+    seen: dict[int, int] = {}
+    own = {parameter.data_ptr() for parameter in model.parameters.values()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in own and tensor.dim() and len(tensor) == len(batch):
+            seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
+        parameters = {k: p.detach().requires_grad_() for k, p in model.parameters.items()}
+        outputs = model(parameters, batch.inputs)
+    total = sum(seen.values()) + outputs.numel() * outputs.element_size()
+    return max(1, total // len(batch))
+
+
+def check_problem(model: FunctionalModel, examples: Examples, likelihood: Likelihood) -> None:
+    """Refuse outputs and targets that do not belong together, and networks that are not functions.
+
+    Parameters
+    ----------
+    model, examples, likelihood
+        The problem.
+
+    Raises
+    ------
+    ShapeError
+        When the outputs have not one row for each example.
+    DataError
+        When outputs are not finite or change from call to call.
+    """
+    batch = examples.select(torch.arange(min(len(examples), 8)))
+    outputs, again = model.predict(batch.inputs), model.predict(batch.inputs)
+    if len(outputs) != len(batch):
+        raise ShapeError(
+            f"{len(outputs)} rows of outputs for {len(batch)} examples",
+            where=model.name,
+            advice="The first axis of the outputs has to be that of the examples.",
+        )
+    if not bool(torch.isfinite(outputs).all()):
+        raise DataError(
+            "the network's outputs hold NaN or infinite entries",
+            where=examples.name,
+            advice="Check the preprocessing of the inputs and the weights.",
+        )
+    if not torch.equal(outputs, again):
+        raise DataError(
+            "two passes over the same inputs gave different outputs",
+            where=model.name,
+            advice="Remove randomness from the forward pass (dropout, noise): net.eval().",
+        )
+    if batch.targets is not None:
+        likelihood.check_targets(outputs, batch.targets, examples.name)
+    if isinstance(likelihood, Gaussian) and outputs.is_complex():
+        raise DataError("outputs are complex", where=model.name, advice="Return real outputs.")

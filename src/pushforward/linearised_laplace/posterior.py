@@ -1,0 +1,445 @@
+"""A Gaussian posterior over the weights of the linear model, and what it predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import log
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pushforward.errors import DataError, OptionError
+from pushforward.linearised_laplace.exact import DualFactor, PrimalFactor
+from pushforward.linearised_laplace.linear_model import Offset, activation_bytes
+from pushforward.linearised_laplace.priors import Prior
+from pushforward.linearised_laplace.sampled import Round
+from pushforward.networks.data import Batch, Examples
+from pushforward.networks.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from pushforward.networks.model import FunctionalModel
+from pushforward.networks.tangent import Tangent
+from pushforward.runs.estimate import Check, Cost, Estimate, Status, to_jsonable, worst_status
+from pushforward.runs.plan import Plan
+from pushforward.runs.progress import track
+from pushforward.typing import Params
+
+__all__ = ["LaplacePosterior", "Link", "Prediction"]
+
+Link = Literal["probit", "monte_carlo"]
+
+_LINKS = ("probit", "monte_carlo")
+_HIDDEN: dict[str, Any] = {"json": False}
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a posterior says about the targets of some inputs.
+
+    Parameters
+    ----------
+    mean
+        ``(B, *event)``: outputs of the network itself, which are the mean of the linear model's.
+    epistemic_variance
+        ``(B, *event)``: variance of the outputs over the posterior, in their squared units.
+    noise_variance
+        Variance of a target around its output, broadcastable to `mean`; None unless the likelihood
+        is Gaussian.
+    expected
+        ``(B, *event)``: expected targets (probabilities, rates, or `mean` itself), with the
+        uncertainty of the weights in them.
+    map_expected
+        ``(B, *event)``: the same by the network alone.
+    standard_error
+        ``(B, *event)``: of `epistemic_variance`, from the number of draws; zero when it is exact.
+    are_probabilities
+        Whether `expected` holds probabilities.
+    """
+
+    mean: Float[Tensor, B * event]
+    epistemic_variance: Float[Tensor, B * event]
+    noise_variance: Tensor | None
+    expected: Float[Tensor, B * event]
+    map_expected: Float[Tensor, B * event]
+    standard_error: Float[Tensor, B * event]
+    are_probabilities: bool = False
+
+    @property
+    def probabilities(self) -> Tensor | None:
+        """`expected` of a classification, ``(B, *event)``; None otherwise."""
+        return self.expected if self.are_probabilities else None
+
+    @property
+    def variance(self) -> Tensor:
+        """Epistemic and noise variance together, ``(B, *event)``: that of a regression's target."""
+        return self.epistemic_variance + (
+            0.0 if self.noise_variance is None else self.noise_variance
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python objects, ready for JSON.
+
+        Returns
+        -------
+        dict
+            Tensors as nested lists.
+        """
+        fields: dict[str, Any] = to_jsonable(self)
+        return fields
+
+    def __repr__(self) -> str:
+        spread = self.epistemic_variance.double().clamp(min=0).sqrt()
+        error = self.standard_error.double() / self.epistemic_variance.double().clamp(min=1e-300)
+        lines = [
+            f"Prediction for outputs of shape {tuple(self.mean.shape)}",
+            f"  epistemic standard deviation of an output: median {float(spread.median()):.3g}, "
+            f"largest {float(spread.max()):.3g}",
+            f"  relative standard error of the epistemic variances: {float(error.mean()):.2g}",
+        ]
+        if self.noise_variance is not None:
+            noise = float(self.noise_variance.double().mean().sqrt())
+            lines.append(f"  noise standard deviation of a target: {noise:.3g}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class LaplacePosterior:
+    """Gaussian posterior over a network's weights, linearised where they were trained.
+
+    Made by `laplace`, or read from a file by `load_posterior`.
+
+    Parameters
+    ----------
+    likelihood
+        With its noise, given or learned.
+    method
+        ``"exact"`` or ``"sampled"``.
+    offset
+        Which linear model the prior was learned with.
+    effective_dimension
+        Directions in weight space that the data determine: trace of ``H^{-1} M``.
+    layer_effective_dimension
+        The same, layer by layer.
+    log_evidence
+        Of the linear model at its mode, in nats; None when it was not asked for.
+    rounds
+        How the prior was learned; empty when it was given.
+    num_examples
+        Of the training data.
+    checks
+        What was verified.
+    cost
+        What it took.
+    plan
+        What it was expected to take; None for a posterior from a file.
+    num_draws
+        Posterior draws, ``K``.
+    seed
+        Of the draws.
+    temperature
+        By which the posterior covariance is multiplied.
+    model, prior, mode
+        The network; the prior with its coordinates; the mode of the linear model in weight space,
+        ``(P,)``, None when nothing was learned.
+    """
+
+    likelihood: Likelihood
+    method: Literal["exact", "sampled"]
+    offset: Offset
+    effective_dimension: Estimate
+    layer_effective_dimension: Estimate
+    log_evidence: Estimate | None
+    rounds: tuple[Round, ...]
+    num_examples: int
+    checks: tuple[Check, ...]
+    cost: Cost
+    plan: Plan | None
+    num_draws: int
+    seed: int
+    model: FunctionalModel = field(metadata=_HIDDEN)
+    prior: Prior = field(metadata=_HIDDEN)
+    mode: Float[Tensor, " P"] | None = field(metadata=_HIDDEN)
+    temperature: float = 1.0
+    _factor: PrimalFactor | DualFactor | None = None
+    _draws: Float[Tensor, "K P"] | None = None
+
+    @property
+    def prior_precision(self) -> float | dict[str, float]:
+        """Precision of the prior; of a layerwise one, by layer."""
+        values = self.prior.precision.tolist()
+        if self.prior.kind != "layerwise":
+            return float(values[0])
+        return dict(zip(self.prior.groups, values, strict=True))
+
+    @property
+    def noise_variance(self) -> float | tuple[float, ...] | None:
+        """Of a Gaussian likelihood, in squared units of the targets; None for others."""
+        return self.likelihood.noise_variance if isinstance(self.likelihood, Gaussian) else None
+
+    @property
+    def status(self) -> Status:
+        """The worst status among the checks."""
+        return worst_status(self.checks)
+
+    @cached_property
+    def draws(self) -> Float[Tensor, "K P"]:
+        """Deviations from the trained weights, a posterior draw in each row, ``(K, P)``."""
+        if self._draws is None:
+            assert self._factor is not None
+            drawn = self._factor.sample(self.num_draws, self.seed)
+            unscaled = self.prior.scaled(drawn).to(self.model.dtype)
+        else:
+            unscaled = self._draws
+        return unscaled * self.temperature**0.5
+
+    def weights(self) -> Params:
+        """Posterior draws of the weights by name, each with a leading axis ``K``.
+
+        Returns
+        -------
+        dict
+            Trained weights plus deviations, for `torch.func.functional_call` under `vmap`.
+        """
+        return self.prior.space.unravel(self.model.vector + self.draws)
+
+    def with_temperature(self, temperature: float) -> LaplacePosterior:
+        """The same posterior with its covariance multiplied.
+
+        Parameters
+        ----------
+        temperature
+            Positive; 1 is the posterior itself, towards 0 it becomes the trained network.
+
+        Returns
+        -------
+        LaplacePosterior
+            Sharing factor and draws.
+
+        Raises
+        ------
+        OptionError
+            When it is not positive and finite.
+        """
+        if not 0 < temperature < float("inf"):
+            raise OptionError(
+                f"{temperature!r} is no temperature",
+                where="temperature",
+                advice="Give a positive number; 1 is the posterior itself.",
+            )
+        return replace(self, temperature=float(temperature))
+
+    def predict(
+        self, x: Any, link: Link = "probit", *, progress: bool | None = False
+    ) -> Prediction:
+        """Outputs with their epistemic variance, and expected targets.
+
+        Parameters
+        ----------
+        x
+            Inputs: a tensor, a tuple or dict of tensors, or a loader; targets in it are ignored.
+        link
+            How uncertainty enters expected targets. ``"probit"``: in closed form from the variances
+            (exact for Gaussian and Poisson likelihoods, else MacKay's approximation).
+            ``"monte_carlo"``: the average over the draws, with their correlations.
+        progress
+            Whether to show a bar; None: on a terminal, when it takes long.
+
+        Returns
+        -------
+        Prediction
+            On the device and in the dtype of the network.
+
+        Raises
+        ------
+        OptionError
+            For another link.
+        """
+        _check_link(link)
+        examples = Examples.read(x, name="x", device=self.model.device, targets=False)
+        parts = []
+        with track(len(examples), "Predicting", enabled=progress) as advance:
+            for batch in examples.batches(self._batch_size(examples)):
+                parts.append(self._predict_batch(batch, link))
+                advance(len(batch))
+        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+        mean, variance, error, expected = columns
+        noise = None
+        if isinstance(self.likelihood, Gaussian):
+            noise = torch.as_tensor(self.likelihood.noise_variance).to(mean)
+        return Prediction(
+            mean,
+            variance,
+            noise,
+            expected,
+            self.likelihood.mean(mean),
+            error,
+            isinstance(self.likelihood, Categorical | Bernoulli),
+        )
+
+    def log_likelihood(self, x: Any, y: Tensor | None = None, *, joint: bool = False) -> Estimate:
+        """Log-probability of targets under the posterior predictive, by its draws.
+
+        Parameters
+        ----------
+        x
+            Inputs, or data with targets.
+        y
+            Targets, when `x` is inputs only.
+        joint
+            False: the mean over examples of their marginal log-probabilities. True: the
+            log-probability of all targets together, which sees correlations between inputs.
+
+        Returns
+        -------
+        Estimate
+            In nats. Its standard error is over examples (marginal) or draws (joint: by the delta
+            method on the average likelihood, too small when few draws carry it all).
+        """
+        source = x if y is None else (x, y)
+        examples = Examples.read(source, device=self.model.device)
+        scores = torch.cat(
+            [self._log_probabilities(b, examples.name) for b in self._batches(examples)], 1
+        ).double()
+        count = log(len(scores))
+        if not joint:
+            marginal = scores.logsumexp(0) - count
+            error = (
+                marginal.std() / len(marginal) ** 0.5 if len(marginal) > 1 else torch.tensor(0.0)
+            )
+            return Estimate(
+                marginal.mean(), error, Cost(0.0, 0.0), f"{len(scores)} draws, marginal"
+            )
+        total = scores.sum(1)
+        weights = (total - total.logsumexp(0)).exp()
+        error = (weights.square().sum() - 1 / len(total)).clamp(min=0).sqrt()
+        share = float(weights.max())
+        check = Check(
+            "joint-draws",
+            "warn" if share > 0.5 else "pass",
+            f"the best draw carries {100 * share:.0f} % of the average",
+            "Score fewer examples together, or take more draws." if share > 0.5 else "",
+        )
+        return Estimate(
+            total.logsumexp(0) - count,
+            error,
+            Cost(0.0, 0.0),
+            f"{len(scores)} draws, joint over {len(examples)} examples",
+            (check,),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python objects, ready for JSON.
+
+        Returns
+        -------
+        dict
+            Without weights and draws.
+        """
+        fields: dict[str, Any] = to_jsonable(self)
+        return fields | {
+            "likelihood": self.likelihood.to_config(),
+            "prior": self.prior.kind,
+            "prior_precision": self.prior_precision,
+            "noise_variance": self.noise_variance,
+        }
+
+    def __repr__(self) -> str:
+        space, dimension = self.prior.space, self.effective_dimension
+        error = float(dimension.standard_error)
+        shown = f"{float(dimension):.4g}" + (f" ± {error:.2g}" if error > 0 else "")
+        precision = self.prior_precision
+        if isinstance(precision, dict):
+            precise = ", ".join(f"{name} {value:.3g}" for name, value in precision.items())
+        else:
+            precise = f"{precision:.4g}"
+        lines = [
+            f"LaplacePosterior of {self.model.name}, {self.method}",
+            f"  {space.size:,} weights in {len(space.layers)} layers, "
+            f"{self.num_examples:,} examples",
+            f"  prior              {self.prior.kind}, precision {precise}",
+            f"  effective dimension {shown}",
+        ]
+        if isinstance(self.likelihood, Gaussian):
+            lines.append(f"  noise variance     {self.noise_variance}")
+        if self.log_evidence is not None:
+            lines.append(f"  log evidence       {float(self.log_evidence):.2f}")
+        if self.temperature != 1:
+            lines.append(f"  temperature        {self.temperature:.3g}")
+        lines.append(f"  cost               {self.cost}")
+        lines += [f"  {check}" for check in self.checks if check.status != "pass"]
+        return "\n".join(lines)
+
+    def _predict_batch(self, batch: Batch, link: Link) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        outputs = self.model.predict(batch.inputs)
+        moved = None
+        if self._factor is None or link == "monte_carlo":
+            moved = self._moved(batch)
+        if self._factor is not None:
+            rows = self.prior.scaled(Tangent(self.model).jacobian(batch.inputs).double())
+            form = self._factor.variance_form(rows).diagonal(dim1=1, dim2=2)
+            variance = (self.temperature * form).reshape(outputs.shape).to(outputs.dtype)
+            error = torch.zeros_like(variance)
+        else:
+            assert moved is not None
+            variance = moved.square().mean(0)
+            # K independent draws of a centred Gaussian: the mean square is a scaled chi-squared.
+            error = variance * (2 / len(moved)) ** 0.5
+        if link == "probit":
+            return outputs, variance, error, self.likelihood.probit_mean(outputs, variance)
+        assert moved is not None
+        return outputs, variance, error, self.likelihood.mean(outputs + moved).mean(0)
+
+    def _log_probabilities(self, batch: Batch, name: str) -> Tensor:
+        outputs = self.model.predict(batch.inputs)
+        assert batch.targets is not None
+        targets = self.likelihood.check_targets(outputs, batch.targets, name)
+        return self.likelihood.log_prob(outputs + self._moved(batch), targets)
+
+    def _moved(self, batch: Batch) -> Tensor:
+        moved = Tangent(self.model, _DRAWS_AT_ONCE).jvp(batch.inputs, self.draws)
+        if not bool(torch.isfinite(moved).all()):
+            raise DataError(
+                "a posterior draw moves the outputs by NaN or infinity",
+                where="x",
+                advice="Check the inputs; in half precision, predict with a float32 network.",
+            )
+        return moved
+
+    def _batches(self, examples: Examples) -> Iterator[Batch]:
+        return examples.batches(self._batch_size(examples))
+
+    def _batch_size(self, examples: Examples) -> int:
+        probe = examples.select(torch.tensor([0]))
+        room = _WORKSPACE // activation_bytes(self.model, probe)
+        if self._factor is not None:
+            outputs = self.model.predict(probe.inputs).numel()
+            room = min(room, _WORKSPACE // (8 * outputs * self.prior.space.size))
+        # The moved outputs of all draws are held at once.
+        room = min(room, 8 * _WORKSPACE // (4 * self.num_draws * probe_outputs(self.model, probe)))
+        return int(max(1, min(1024, room // 2)))
+
+
+_WORKSPACE = 2**26
+_DRAWS_AT_ONCE = 8
+
+
+def probe_outputs(model: FunctionalModel, batch: Batch) -> int:
+    """Scalar outputs of one example.
+
+    Returns
+    -------
+    int
+        ``C``.
+    """
+    return model.predict(batch.inputs)[0].numel()
+
+
+def _check_link(link: str) -> None:
+    if link not in _LINKS:
+        raise OptionError(
+            f"there is no link {link!r}",
+            where="link",
+            advice=f"Choose one of {', '.join(map(repr, _LINKS))}.",
+        )
