@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from pushforward.cumulants.propagation import propagate
     from pushforward.errors import PushforwardError
     from pushforward.gaussians.activations import PiecewisePolynomial, SmoothActivation
+    from pushforward.linearised_laplace.evaluation import Evaluation
     from pushforward.linearised_laplace.fit import laplace, plan_laplace
-    from pushforward.linearised_laplace.posterior import LaplacePosterior, Prediction
+    from pushforward.linearised_laplace.posterior import LaplacePosterior
+    from pushforward.linearised_laplace.prediction import Prediction
+    from pushforward.linearised_laplace.validation import choose_prior_precision
     from pushforward.networks.activations import register_activation
     from pushforward.networks.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
     from pushforward.networks.model import FunctionalModel
@@ -28,6 +31,7 @@ __all__ = [
     "Check",
     "Cost",
     "Estimate",
+    "Evaluation",
     "FunctionalModel",
     "Gaussian",
     "GaussianLaw",
@@ -39,6 +43,7 @@ __all__ = [
     "PushforwardError",
     "SampledLaw",
     "SmoothActivation",
+    "choose_prior_precision",
     "expect",
     "laplace",
     "monte_carlo",
@@ -53,6 +58,7 @@ _HOMES = {
     "Check": "runs.estimate",
     "Cost": "runs.estimate",
     "Estimate": "runs.estimate",
+    "Evaluation": "linearised_laplace.evaluation",
     "FunctionalModel": "networks.model",
     "Gaussian": "networks.likelihoods",
     "GaussianLaw": "cumulants.laws",
@@ -60,10 +66,11 @@ _HOMES = {
     "OutputLaw": "cumulants.output",
     "PiecewisePolynomial": "gaussians.activations",
     "Poisson": "networks.likelihoods",
-    "Prediction": "linearised_laplace.posterior",
+    "Prediction": "linearised_laplace.prediction",
     "PushforwardError": "errors",
     "SampledLaw": "cumulants.monte_carlo",
     "SmoothActivation": "gaussians.activations",
+    "choose_prior_precision": "linearised_laplace.validation",
     "expect": "cumulants.expectation",
     "laplace": "linearised_laplace.fit",
     "monte_carlo": "cumulants.monte_carlo",

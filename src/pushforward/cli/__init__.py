@@ -1,4 +1,4 @@
-"""The command line: ``pushforward report``, ``pushforward expect``, ``pushforward demo``."""
+"""The command line: ``pushforward report``, ``expect``, ``uncertainty`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from pushforward.errors import PushforwardError
 __all__ = ["main"]
 
 _DESCRIPTION = """Push the law of the inputs through a network: expected outputs, spread and tails \
-with error bars, without sampling. A network is named as package.module:factory, a function that \
-returns a torch.nn.Module; its weights come from a safetensors file. No pickle is ever loaded."""
+with error bars, without sampling. Or ask how sure it is of its predictions. A network is named as \
+package.module:factory, a function that returns a torch.nn.Module; its weights come from a \
+safetensors file. No pickle is ever loaded."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     import tyro
 
-    from pushforward.cli.commands import Demo, Expect, Report
+    from pushforward.cli.commands import Demo, Expect, Report, Uncertainty
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments in (["--version"], ["-V"]):
@@ -42,10 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = (
         Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Expect, tyro.conf.subcommand("expect")]
+        | Annotated[Uncertainty, tyro.conf.subcommand("uncertainty")]
         | Annotated[Demo, tyro.conf.subcommand("demo")]
     )
     try:
-        command: Report | Expect | Demo = tyro.cli(
+        command: Report | Expect | Uncertainty | Demo = tyro.cli(
             commands,
             prog="pushforward",
             description=_DESCRIPTION,

@@ -7,15 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pushforward.cli.options import LawOptions, NetworkOptions
+from pushforward.cli.options import (
+    ExampleOptions,
+    LaplaceOptions,
+    LawOptions,
+    Likelihood,
+    NetworkOptions,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
     from pushforward.cli.loading import LoadedLaw
+    from pushforward.cli.posterior import ExampleFiles
     from pushforward.runs.estimate import Estimate
 
-__all__ = ["Demo", "Expect", "Report"]
+__all__ = ["Demo", "Expect", "Report", "Uncertainty"]
 
 _DIGITS = tuple("0123456789")
 
@@ -23,6 +30,8 @@ _DIGITS = tuple("0123456789")
 @dataclass(frozen=True)
 class Report:
     """Write one HTML page: expected outputs, spread and tails, each beside a Monte Carlo check.
+
+    With --likelihood, --train and --test the page also says how sure the network is.
 
     Parameters
     ----------
@@ -45,6 +54,18 @@ class Report:
         Of the Monte Carlo check.
     title
         Heading of the page.
+    likelihood
+        Of the targets, for a section on the uncertainty of the predictions.
+    train
+        NumPy archive of the training examples x and targets y, for that section.
+    test
+        Archive of held-out examples, on which the predictions are judged.
+    validation
+        Archive of more held-out examples, on which temperatures are fitted.
+    target_key
+        Name of the array of targets. Default: y, targets, target, labels, label or Y.
+    laplace
+        The posterior over the weights.
     """
 
     network: NetworkOptions
@@ -56,6 +77,12 @@ class Report:
     order: Literal[1, 2, 3] = 3
     seed: int = 0
     title: str = ""
+    likelihood: Likelihood | None = None
+    train: Path | None = None
+    test: Path | None = None
+    validation: Path | None = None
+    target_key: str | None = None
+    laplace: LaplaceOptions = LaplaceOptions()  # noqa: RUF009 - frozen
 
     def run(self, command: str) -> None:
         """Write the page and print where it is.
@@ -65,6 +92,7 @@ class Report:
         command
             How the page can be made again, shown on it.
         """
+        files = self._files()
         from pushforward.cli.loading import load_law, load_network
         from pushforward.networks.graph import read_network
         from pushforward.report import page
@@ -85,18 +113,67 @@ class Report:
             seed=self.seed,
             highest_order=self.order,
         )
+        sections = [section]
+        if files is not None and self.likelihood is not None:
+            from pushforward.cli.posterior import write_posterior
+
+            sections.append(
+                write_posterior(
+                    net,
+                    self.likelihood,
+                    files,
+                    self.laplace,
+                    labels=labels,
+                    seed=self.seed,
+                    path=self.output / "posterior.safetensors",
+                )
+            )
         factory = self.network.network.rpartition(":")[2]
         written = page.write(
             page.Report(
                 title=self.title or f"What {factory} does on average and in its tails",
                 subtitle=_subtitle(self, net, loaded),
-                sections=(section,),
-                environment=_environment(self, net, loaded, command),
+                sections=tuple(sections),
+                environment=_environment(
+                    self.network, net, command, self.seed, {"Law": repr(loaded.law)}
+                ),
             ),
             self.output / "index.html",
         )
-        print(section.verdict.headline)
+        for item in sections:
+            print(item.verdict.headline)
         print(f"Report: {written}")
+
+    def _files(self) -> ExampleFiles | None:
+        """What the section on uncertainty is made from.
+
+        Returns
+        -------
+        ExampleFiles or None
+            None without that section.
+
+        Raises
+        ------
+        OptionError
+            When only some of it is given.
+        """
+        from pushforward.errors import OptionError
+
+        given = {"--likelihood": self.likelihood, "--train": self.train, "--test": self.test}
+        if not any((*given.values(), self.validation)):
+            return None
+        missing = [name for name, value in given.items() if value is None]
+        if missing or self.train is None or self.test is None:
+            raise OptionError(
+                f"the section on uncertainty lacks {' and '.join(missing)}",
+                where="pushforward report",
+                advice="Give --likelihood, --train and --test together, or none of them.",
+            )
+        from pushforward.cli.posterior import ExampleFiles
+
+        law = self.law
+        names = ExampleOptions(law.key, self.target_key, law.scale, law.input_shape)
+        return ExampleFiles(self.train, self.test, self.validation, names, self.network.device)
 
 
 @dataclass(frozen=True)
@@ -159,6 +236,90 @@ class Expect:
 
 
 @dataclass(frozen=True)
+class Uncertainty:
+    """Say how sure a network is of its predictions, beside the network alone: one HTML page.
+
+    Parameters
+    ----------
+    network
+        The network.
+    data
+        NumPy archive (.npz) of its training examples x and targets y.
+    test
+        Archive of held-out examples, on which the predictions are judged.
+    likelihood
+        Of the targets.
+    validation
+        Archive of more held-out examples, on which temperatures are fitted.
+    examples
+        How the arrays are named and scaled.
+    laplace
+        The posterior over the weights.
+    output
+        Folder for index.html, result.json and posterior.safetensors.
+    labels
+        Names of the outputs, in order.
+    seed
+        Of the posterior draws.
+    title
+        Heading of the page.
+    """
+
+    network: NetworkOptions
+    data: Path
+    test: Path
+    likelihood: Likelihood
+    validation: Path | None = None
+    examples: ExampleOptions = ExampleOptions()  # noqa: RUF009 - frozen
+    laplace: LaplaceOptions = LaplaceOptions()  # noqa: RUF009 - frozen
+    output: Path = Path("uncertainty")
+    labels: tuple[str, ...] = ()
+    seed: int = 0
+    title: str = ""
+
+    def run(self, command: str) -> None:
+        """Write the page and the posterior, and print where they are.
+
+        Parameters
+        ----------
+        command
+            How the page can be made again, shown on it.
+        """
+        from pushforward.cli.loading import load_network
+        from pushforward.cli.posterior import ExampleFiles, write_posterior
+        from pushforward.report import page
+
+        net = load_network(self.network, seed=self.seed)
+        path = self.output / "posterior.safetensors"
+        section = write_posterior(
+            net,
+            self.likelihood,
+            ExampleFiles(self.data, self.test, self.validation, self.examples, self.network.device),
+            self.laplace,
+            labels=self.labels or None,
+            seed=self.seed,
+            path=path,
+        )
+        factory = self.network.network.rpartition(":")[2]
+        files = [str(file) for file in (self.data, self.test, self.validation) if file is not None]
+        written = page.write(
+            page.Report(
+                title=self.title or f"How sure {factory} is",
+                subtitle=f"{_size(self.network, net)}, trained on the examples of "
+                f"{self.data.name}, judged on those of {self.test.name}",
+                sections=(section,),
+                environment=_environment(
+                    self.network, net, command, self.seed, {"Examples": ", ".join(files)}
+                ),
+            ),
+            self.output / "index.html",
+        )
+        print(section.verdict.headline)
+        print(f"Report: {written}")
+        print(f"Posterior: {path}")
+
+
+@dataclass(frozen=True)
 class Demo:
     """Train a small classifier of handwritten digits, and report on it.
 
@@ -207,6 +368,11 @@ class Demo:
             *("--samples", str(self.samples)),
             *("--seed", str(self.seed)),
             *("--title", "A classifier of handwritten digits"),
+            *("--likelihood", "categorical"),
+            *("--train", str(trained.train)),
+            *("--test", str(trained.test)),
+            *("--validation", str(trained.validation)),
+            *("--image-shape", "8", "8"),
             *("--output", str(self.output)),
         ]
         code = main(arguments)
@@ -215,11 +381,15 @@ class Demo:
         print(f"Make it again: {shlex.join(['pushforward', *arguments])}")
 
 
+def _size(options: NetworkOptions, net: nn.Module) -> str:
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    return f"{options.network}, {parameters:,} parameters"
+
+
 def _subtitle(settings: Report, net: nn.Module, loaded: LoadedLaw) -> str:
     from pushforward.report.formatting import TIMES
 
-    parameters = sum(parameter.numel() for parameter in net.parameters())
-    network = f"{settings.network.network}, {parameters:,} parameters"
+    network = _size(settings.network, net)
     shape = f" {TIMES} ".join(map(str, loaded.law.event_shape))
     if loaded.examples is None or settings.law.data is None:
         return f"{network}, inputs of shape {shape} from N(0, I)"
@@ -230,7 +400,7 @@ def _subtitle(settings: Report, net: nn.Module, loaded: LoadedLaw) -> str:
 
 
 def _environment(
-    settings: Report, net: nn.Module, loaded: LoadedLaw, command: str
+    options: NetworkOptions, net: nn.Module, command: str, seed: int, more: dict[str, str]
 ) -> dict[str, str]:
     import datetime
     import hashlib
@@ -241,18 +411,18 @@ def _environment(
     from pushforward import __version__
 
     weights = "as the factory made them"
-    if settings.network.weights is not None:
-        digest = hashlib.sha256(settings.network.weights.read_bytes()).hexdigest()
-        weights = f"{settings.network.weights} (SHA-256 {digest[:16]}…)"
+    if options.weights is not None:
+        digest = hashlib.sha256(options.weights.read_bytes()).hexdigest()
+        weights = f"{options.weights} (SHA-256 {digest[:16]}…)"
     parameter = next(net.parameters(), None)
     precision = "" if parameter is None else str(parameter.dtype).removeprefix("torch.")
     return {
         "Command": command,
         "Weights": weights,
-        "Law": repr(loaded.law),
+        **more,
         "Network precision": precision or "no parameters",
-        "Seed": str(settings.seed),
-        "Device": f"{settings.network.device}, {torch.get_num_threads()} threads",
+        "Seed": str(seed),
+        "Device": f"{options.device}, {torch.get_num_threads()} threads",
         "pushforward": __version__,
         "PyTorch": torch.__version__,
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",

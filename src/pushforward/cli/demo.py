@@ -33,6 +33,8 @@ class DigitsRun:
     ----------
     weights, data
         Files: ``model.safetensors`` and ``digits.npz``.
+    train, validation, test
+        Files with the digits it was trained on, and two parts of those held out.
     accuracy
         Share of the held-out digits that are classified correctly.
     num_test
@@ -41,6 +43,9 @@ class DigitsRun:
 
     weights: Path
     data: Path
+    train: Path
+    validation: Path
+    test: Path
     accuracy: float
     num_test: int
 
@@ -101,17 +106,24 @@ def prepare_digits(folder: Path, *, seed: int = 0, epochs: int = 30) -> DigitsRu
     with torch.no_grad():
         correct = net(pixels[test]).argmax(1) == targets[test]
     weights, data = folder / "model.safetensors", folder / "digits.npz"
+    third = num_test // 3
+    files = [folder / f"{name}.npz" for name in ("train", "validation", "test")]
+    parts = (train, test[:third], test[third:])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({key: value.contiguous() for key, value in net.state_dict().items()}, weights)
         np.savez_compressed(data, x=pixels.numpy(), y=targets.numpy())
+        for path, chosen in zip(files, parts, strict=True):
+            np.savez_compressed(path, x=pixels[chosen].numpy(), y=targets[chosen].numpy())
     except OSError as error:
         raise OptionError(
             f"the files of the demonstration cannot be written ({error.strerror or error})",
             where=str(folder),
             advice="Choose a folder that you may write to.",
         ) from error
-    return DigitsRun(weights, data, float(correct.double().mean()), num_test)
+    return DigitsRun(
+        weights, data, files[0], files[1], files[2], float(correct.double().mean()), num_test
+    )
 
 
 def _digits() -> tuple[Float[Tensor, "N D"], Int[Tensor, " N"]]:

@@ -8,7 +8,7 @@ import math
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +19,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pushforward.cli.options import LawOptions, NetworkOptions
+from pushforward.cli.options import ExampleOptions, LawOptions, NetworkOptions
 from pushforward.cumulants.laws import GaussianLaw
 from pushforward.errors import DataError, NetworkError, OptionError, ShapeError, WeightsError
 from pushforward.networks.data import DataStream
 
-__all__ = ["LoadedLaw", "load_data", "load_law", "load_network", "load_weights"]
+__all__ = [
+    "LoadedLaw",
+    "load_data",
+    "load_examples",
+    "load_law",
+    "load_network",
+    "load_weights",
+]
 
 _KEYS = ("x", "inputs", "data", "X")
+_TARGET_KEYS = ("y", "targets", "target", "labels", "label", "Y")
 _NAMES_SHOWN = 6
 
 
@@ -213,10 +221,81 @@ def load_data(path: Path, *, key: str | None = None) -> Tensor:
         empty, or has NaN or infinite entries.
     """
     where = str(path)
+    name, array = _read_array(path, lambda archive: _pick_key(archive, key, where))
+    kept = array.dtype in {np.dtype(np.float32), np.dtype(np.float64)}
+    examples = torch.from_numpy(np.ascontiguousarray(array if kept else array.astype(np.float64)))
+    for _ in DataStream(examples, name=f"{where}[{name!r}]").inputs():
+        pass  # the pass itself refuses NaN, no examples, and examples without features
+    return examples
+
+
+def load_examples(
+    path: Path, options: ExampleOptions, *, device: str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Inputs and targets from a NumPy archive.
+
+    Parameters
+    ----------
+    path
+        ``.npz`` with two arrays.
+    options
+        Their names, and what is done to the inputs.
+    device
+        Where they go.
+    dtype
+        Of the inputs, and of targets that are not integers; None leaves them.
+
+    Returns
+    -------
+    tuple
+        ``(N, *input_shape)``, and ``(N, ...)`` targets: labels as int64.
+
+    Raises
+    ------
+    DataError
+        When the file cannot be read, an array is missing, or they differ in length.
+    ShapeError
+        When the inputs do not have the shape asked for.
+    """
+    where = str(path)
+    inputs = load_data(path, key=options.key) * options.scale
+    shape = options.input_shape or tuple(inputs.shape[1:])
+    if math.prod(shape) != math.prod(inputs.shape[1:]):
+        _refuse_shape(shape, tuple(inputs.shape[1:]), where)
+    name, array = _read_array(path, lambda archive: _pick_target(archive, options, where))
+    whole = array.dtype.kind in "iub"
+    targets = torch.from_numpy(np.ascontiguousarray(array.astype(np.int64) if whole else array))
+    if len(targets) != len(inputs):
+        raise DataError(
+            f"{len(inputs):,} inputs and {len(targets):,} targets ({name!r})",
+            where=where,
+            advice="Give one target for each input.",
+        )
+    place = _device(device)
+    inputs = inputs.reshape(len(inputs), *shape).to(place, dtype)
+    return inputs, targets.to(place) if whole else targets.to(place, dtype)
+
+
+def _read_array(
+    path: Path, choose: Callable[[Mapping[str, Any]], str]
+) -> tuple[str, np.ndarray[Any, Any]]:
+    """One numeric array of an archive, with its name.
+
+    Returns
+    -------
+    tuple
+        What `choose` chose.
+
+    Raises
+    ------
+    DataError
+        When the file cannot be read, or the array is not numeric.
+    """
+    where = str(path)
     try:
         # Objects are refused: reading them would run code from the file.
         with path.open("rb") as file, _as_archive(np.load(file, allow_pickle=False)) as archive:
-            name = _pick_key(archive, key, where)
+            name = choose(archive)
             array = np.asarray(archive[name])
     except DataError:
         raise
@@ -237,11 +316,7 @@ def load_data(path: Path, *, key: str | None = None) -> Tensor:
             where=where,
             advice="Save real numbers.",
         )
-    kept = array.dtype in {np.dtype(np.float32), np.dtype(np.float64)}
-    examples = torch.from_numpy(np.ascontiguousarray(array if kept else array.astype(np.float64)))
-    for _ in DataStream(examples, name=f"{where}[{name!r}]").inputs():
-        pass  # the pass itself refuses NaN, no examples, and examples without features
-    return examples
+    return name, array
 
 
 # --- parts ---------------------------------------------------------------------------------------
@@ -396,6 +471,18 @@ def _pick_key(archive: Mapping[str, Any], key: str | None, where: str) -> str:
             advice=f"Choose with --key; the archive has {_listed(names) or 'no arrays'}.",
         )
     return candidates[0]
+
+
+def _pick_target(archive: Mapping[str, Any], options: ExampleOptions, where: str) -> str:
+    wanted = _TARGET_KEYS if options.target_key is None else (options.target_key,)
+    for name in wanted:
+        if name in archive:
+            return name
+    raise DataError(
+        f"no array {' or '.join(map(repr, wanted))} of targets",
+        where=where,
+        advice=f"Choose with --target-key; the archive has {_listed(list(archive))}.",
+    )
 
 
 def _refuse_shape(shape: tuple[int, ...], given: tuple[int, ...], where: str) -> NoReturn:

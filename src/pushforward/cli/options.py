@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-__all__ = ["LawOptions", "NetworkOptions"]
+__all__ = ["ExampleOptions", "LaplaceOptions", "LawOptions", "Likelihood", "NetworkOptions"]
+
+Likelihood = Literal["categorical", "gaussian", "bernoulli", "poisson"]
 
 
 @dataclass(frozen=True)
@@ -61,3 +63,61 @@ class LawOptions:
     covariance: Literal["full", "diagonal", "isotropic"] = "full"
     input_shape: tuple[int, ...] = ()
     standard: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExampleOptions:
+    """How inputs and targets are named and scaled in their files.
+
+    Parameters
+    ----------
+    key
+        Name of the array of inputs. Default: x, inputs, data or X, or the only one of examples.
+    target_key
+        Name of the array of targets. Default: y, targets, target, labels, label or Y.
+    scale
+        The inputs are multiplied by it: 0.00392157 takes bytes to [0, 1].
+    input_shape
+        Shape in which the network takes one example, such as 1 28 28. Default: as the data have it.
+    """
+
+    key: str | None = None
+    target_key: str | None = None
+    scale: float = 1.0
+    input_shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class LaplaceOptions:
+    """The posterior over the weights.
+
+    Parameters
+    ----------
+    draws
+        Posterior draws: the relative standard error of a variance is sqrt(2 / draws).
+    prior
+        One precision; one for each layer, for networks with normalisation layers; or one in units
+        of the features.
+    prior_precision
+        A positive number. Default: learned from the data.
+    noise_variance
+        Of the targets of a regression. Default: learned from the data.
+    method
+        Exact for small networks, sampled for any size.
+    subset
+        Patterns of the parameters that are uncertain, such as 'head.*'. Default: all but those of
+        normalisation layers.
+    fit_temperature
+        Rescale the posterior covariance so that the validation data are most likely.
+    image_shape
+        Shape in which to draw an input, such as 28 28 or 3 32 32, when the network takes it flat.
+    """
+
+    draws: int = 64
+    prior: Literal["isotropic", "layerwise", "gprior"] = "isotropic"
+    prior_precision: float | None = None
+    noise_variance: float | None = None
+    method: Literal["auto", "exact", "sampled"] = "auto"
+    subset: tuple[str, ...] = ()
+    fit_temperature: bool = False
+    image_shape: tuple[int, ...] = ()

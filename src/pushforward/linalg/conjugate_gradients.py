@@ -24,10 +24,13 @@ from torch import Tensor
 from pushforward.errors import OptionError
 from pushforward.linalg.blocks import gram
 
-__all__ = ["BlockIterate", "Product", "advance", "begin", "solve"]
+__all__ = ["BlockIterate", "Improvement", "Product", "advance", "begin", "orthonormalise", "solve"]
 
 Product: TypeAlias = Callable[[Tensor], Tensor]
 """``(K, P) -> (K, P)``: a symmetric matrix times each row."""
+
+Improvement: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Solutions and residuals ``(K, P)`` to better ones."""
 
 _DEPENDENT = 1e-6  # directions below this share of the largest add nothing but rounding
 _WINDOW = 3  # steps over which the rate of convergence is taken
@@ -49,12 +52,17 @@ class BlockIterate:
     decrements
         ``(steps, K)`` float64: by how much each step lowered the squared error of each right-hand
         side, in the norm of the matrix.
+    searched, images
+        ``(k, P)``: directions of the last step, orthonormal in the matrix, and the matrix times
+        them; None before the first. They need not be kept to go on.
     """
 
     solution: Float[Tensor, "K P"]
     residual: Float[Tensor, "K P"]
     directions: Float[Tensor, "k P"]
     decrements: Float[Tensor, "steps K"]
+    searched: Float[Tensor, "j P"] | None = None
+    images: Float[Tensor, "j P"] | None = None
 
     @property
     def steps(self) -> int:
@@ -66,10 +74,12 @@ class BlockIterate:
         """Estimated squared error of each solution in the norm of the matrix, ``(K,)``.
 
         What further steps would still gain, taking their gains to fall geometrically as the last
-        few did. Infinite before two steps are done.
+        few did; slowly, when there was only one. Infinite before the first.
         """
-        if self.steps < 2:
+        if self.steps == 0:
             return torch.full_like(self.residual[:, 0], torch.inf, dtype=torch.float64)
+        if self.steps == 1:
+            return self.decrements[0] * _SLOWEST / (1 - _SLOWEST)
         window = min(_WINDOW, self.steps - 1)
         last, before = self.decrements[-1], self.decrements[-1 - window]
         ratio = (last.sum() / before.sum().clamp(min=1e-300)) ** (1 / window)
@@ -110,6 +120,7 @@ def begin(
     right_hand_sides: Float[Tensor, "K P"],
     guess: Float[Tensor, "K P"],
     precondition: Product,
+    improve: Improvement | None = None,
 ) -> BlockIterate:
     """The state before the first step; it costs one product.
 
@@ -123,6 +134,8 @@ def begin(
         ``(K, P)``, where to start.
     precondition
         An approximate inverse of the matrix, symmetric positive definite.
+    improve
+        From a guess and its residual to better ones, without a product: `Subspace.project`.
 
     Returns
     -------
@@ -130,6 +143,8 @@ def begin(
         With no step done.
     """
     residual = right_hand_sides - product(guess)
+    if improve is not None:
+        guess, residual = improve(guess, residual)
     return BlockIterate(
         guess,
         residual,
@@ -157,7 +172,7 @@ def advance(state: BlockIterate, product: Product, precondition: Product) -> Blo
         One step on.
     """
     images = product(state.directions)
-    combine = _orthonormalise(gram(state.directions, images)).to(images.dtype)
+    combine = orthonormalise(gram(state.directions, images)).to(images.dtype)
     directions, images = combine.T @ state.directions, combine.T @ images
     weights = gram(state.residual, directions)
     decrements = torch.cat([state.decrements, weights.square().sum(1)[None]])
@@ -166,9 +181,8 @@ def advance(state: BlockIterate, product: Product, precondition: Product) -> Blo
     residual = torch.addmm(state.residual, weights, images, alpha=-1)
     fresh = precondition(residual)
     overlap = gram(fresh, images).to(images.dtype)
-    return BlockIterate(
-        solution, residual, torch.addmm(fresh, overlap, directions, alpha=-1), decrements
-    )
+    ahead = torch.addmm(fresh, overlap, directions, alpha=-1)
+    return BlockIterate(solution, residual, ahead, decrements, directions, images)
 
 
 def solve(
@@ -233,8 +247,13 @@ def _unchanged(rows: Tensor) -> Tensor:
     return rows
 
 
-def _orthonormalise(energies: Float[Tensor, "K K"]) -> Float[Tensor, "K k"]:
-    """Combinations of directions that are orthonormal in the matrix, from their Gram matrix in it.
+def orthonormalise(energies: Float[Tensor, "K K"]) -> Float[Tensor, "K k"]:
+    """Combinations of directions that are orthonormal in a matrix, from their Gram matrix in it.
+
+    Parameters
+    ----------
+    energies
+        ``(K, K)``: each direction times the matrix times each direction.
 
     Returns
     -------

@@ -36,10 +36,13 @@ def tridiagonalise(
     """
     current = start / inner(start, start).sqrt().to(start.dtype)[:, None]
     before, beside = torch.zeros_like(current), torch.zeros_like(current[:, 0]).double()
-    diagonals, offdiagonals = [], []
+    diagonals: list[Tensor] = []
+    offdiagonals: list[Tensor] = []
     for _ in range(steps):
         image = product(current)
         diagonal = inner(image, current)
+        if diagonals:  # a space that is exhausted repeats a node, with weight zero
+            diagonal = torch.where(beside > 0, diagonal, diagonals[0])
         image = image - diagonal.to(image.dtype)[:, None] * current
         image = image - beside.to(image.dtype)[:, None] * before
         beside = inner(image, image).sqrt()

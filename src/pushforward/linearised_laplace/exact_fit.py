@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import log
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from pushforward.linearised_laplace.sampled import Round, current_likelihood
 __all__ = ["ExactFit", "fit_exactly"]
 
 _CONVERGED = 1e-8  # change of the log precision
-_MODE_TOLERANCE = 1e-10  # nats
+_MODE_TOLERANCE = 1e-14  # nats
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +124,6 @@ def fit_exactly(
             count = len(linear.examples) * linear.num_outputs
             residual = float(here.squared_residuals(mode))
             updated_noise = max(residual / max(count - float(gammas.sum()), 1e-6), 1e-300)
-            moved = max(moved, abs(torch.tensor(updated_noise / noise).log().item()))
+            moved = max(moved, abs(log(updated_noise / noise)))
             noise = updated_noise
         settled = moved < _CONVERGED

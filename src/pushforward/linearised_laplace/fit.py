@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from pushforward.errors import OptionError
@@ -21,6 +22,7 @@ from pushforward.linearised_laplace.mode import find_mode
 from pushforward.linearised_laplace.plan import (
     choose_method,
     exact_plan,
+    recyclable,
     sampled_plan,
     use_weights,
 )
@@ -41,6 +43,7 @@ from pushforward.runs.store import Checkpoint
 __all__ = ["laplace", "plan_laplace"]
 
 _FEW_DRAWS = 16
+_PRUNED = 0.5  # directions
 _EVIDENCE_PROBES, _EVIDENCE_STEPS = 8, 30
 _WORKSPACE = {"cpu": 2**25, "cuda": 2**30}
 
@@ -183,6 +186,7 @@ def laplace(
         problem.noise is not None,
         tolerance=tolerance,
         block=block,
+        recycled=recyclable(problem.linear),
     )
     folder = None if checkpoint is None else Path(checkpoint)
     return _sampled(problem, task, folder, evidence, progress, began)
@@ -321,14 +325,16 @@ def _exact(
         )
     layers = fit.factor.effective_dimensions()
     cost = Cost(0.0, perf_counter() - began)
-    checks = _prior_checks(fit.prior, fit.settled or not fit.rounds)
+    checks = _prior_checks(fit.prior, layers, fit.settled or not fit.rounds)
     return LaplacePosterior(
         likelihood=current_likelihood(linear.likelihood, fit.noise_variance),
         method="exact",
         offset=linear.offset,
         effective_dimension=_exactly(layers.sum(), "Cholesky factorisation", cost),
         layer_effective_dimension=_exactly(layers, "Cholesky factorisation", cost),
-        log_evidence=_exactly(torch.tensor(fit.log_evidence), "Cholesky factorisation", cost),
+        log_evidence=_exactly(
+            torch.tensor(fit.log_evidence, dtype=torch.float64), "Cholesky factorisation", cost
+        ),
         rounds=fit.rounds,
         num_examples=len(linear.examples),
         checks=checks,
@@ -394,7 +400,7 @@ def _assembled(
     cost = Cost(0.0, seconds, round(state.work * len(linear.examples)))
     unsolved = float(errors.mean())
     checks = (
-        *_prior_checks(state.prior, bool(state.notes.get("settled", True))),
+        *_prior_checks(state.prior, gammas.mean(0), state.settled),
         Check(
             "draws-solved",
             "pass" if unsolved <= 1.01 * task.tolerance**2 else "warn",
@@ -449,12 +455,13 @@ def _exactly(value: Tensor, method: str, cost: Cost) -> Estimate:
     return Estimate(value, torch.zeros_like(value), cost, method)
 
 
-def _prior_checks(prior: Prior, settled: bool) -> tuple[Check, ...]:
-    largest = prior.with_precision(torch.full_like(prior.precision, float("inf"))).precision
+def _prior_checks(
+    prior: Prior, dimensions: Float[Tensor, " layers"], settled: bool
+) -> tuple[Check, ...]:
     pruned = [
         name
-        for name, cut in zip(prior.groups, (prior.precision >= largest).tolist(), strict=True)
-        if cut
+        for name, left in zip(prior.groups, prior.pool(dimensions).tolist(), strict=True)
+        if left < _PRUNED
     ]
     return (
         Check(
@@ -466,10 +473,10 @@ def _prior_checks(prior: Prior, settled: bool) -> tuple[Check, ...]:
         Check(
             "prior-not-pruned",
             "warn" if pruned else "pass",
-            f"the evidence asks for an infinite precision of {', '.join(pruned)}"
+            f"the data determine less than half a direction of {', '.join(pruned)}"
             if pruned
-            else "no layer's precision ran off to infinity",
-            "These layers carry no uncertainty now. Give their precision, or use prior='gprior'."
+            else "the data determine directions in every group of weights",
+            "The prior has switched these weights off. Give a precision, or use prior='gprior'."
             if pruned
             else "",
         ),
@@ -499,7 +506,7 @@ def _evidence(task: SampledTask, state: SampledState) -> Estimate:
     value = -mode.loss - 0.5 * (prior.precision * norms).sum() - 0.5 * forms.mean()
     error = 0.5 * forms.std() / len(forms) ** 0.5
     passes = mode.passes + _EVIDENCE_STEPS * _EVIDENCE_PROBES
-    cost = Cost(0.0, perf_counter() - began, passes * len(linear.examples))
+    cost = Cost(0.0, perf_counter() - began, round(passes * len(linear.examples)))
     return Estimate(value, error, cost, "stochastic Lanczos quadrature at the linear mode")
 
 

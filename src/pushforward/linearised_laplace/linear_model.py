@@ -25,6 +25,7 @@ __all__ = ["NOISE_BLOCK", "LinearModel", "Offset", "Sketch", "activation_bytes"]
 
 Offset = Literal["affine", "linear"]
 
+_REMEMBERED_BYTES = 2**28
 NOISE_BLOCK = 64
 """Examples that share a stream of noise; sums over them are what a sketch squares."""
 
@@ -175,37 +176,42 @@ class LinearModel:
         return found
 
     def product_at(
-        self, point: Float[Tensor, " P"], vectors: Float[Tensor, "K P"]
+        self,
+        outputs: Callable[[Batch], Float[Tensor, B * event]],
+        vectors: Float[Tensor, "K P"],
+        stride: int = 1,
     ) -> Float[Tensor, "K P"]:
-        """``J'^T B(h(w)) J' v``: the curvature taken at the outputs of the linear model.
+        """``J'^T B(h) J' v``: the curvature taken at other outputs than the network's.
 
         Parameters
         ----------
-        point
-            ``(P,)``, the w.
+        outputs
+            Where, for a batch: what `loss_and_gradient` returns.
         vectors
             ``(K, P)``.
+        stride
+            Use one block of examples in so many, weighted to stand for the others.
 
         Returns
         -------
         Tensor
             ``(K, P)``.
         """
-        weights = self._displacement(point)
-        directions = torch.cat([weights[None], self.prior.scaled(vectors)])
-        total = torch.zeros_like(vectors)
-        for tangent, batch in self._pass(len(directions)):
+        directions = self.prior.scaled(vectors)
+        total, seen = torch.zeros_like(vectors), 0
+        for tangent, batch in self._pass(len(vectors), stride):
             moved = tangent.jvp(batch.inputs, directions)
-            outputs = self._shifted(batch, moved[0])
-            total += tangent.vjp(
-                batch.inputs, self.likelihood.curvature_product(outputs, moved[1:])
-            )
-        return self.prior.scaled(self.grid.sum_over_data(total))
+            weighted = self.likelihood.curvature_product(outputs(batch), moved)
+            total += tangent.vjp(batch.inputs, weighted)
+            seen += len(batch)
+        count = self.grid.sum_over_data(torch.tensor(float(seen), device=vectors.device))
+        total = self.grid.sum_over_data(total) * (len(self.examples) / float(count))
+        return self.prior.scaled(total)
 
     def loss_and_gradient(
         self, point: Float[Tensor, " P"]
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, " P"]]:
-        """Negative log-likelihood of the linear model, and its gradient.
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " P"], Callable[[Batch], Tensor]]:
+        """Negative log-likelihood of the linear model, its gradient, and the outputs it sees.
 
         Parameters
         ----------
@@ -215,17 +221,33 @@ class LinearModel:
         Returns
         -------
         tuple
-            A number (float64) and ``(P,)``.
+            A number (float64), ``(P,)``, and a function from a batch to the outputs ``(B, *event)``
+            of the linear model, remembered where they take little memory.
         """
         weights = self._displacement(point)
         loss = torch.zeros((), dtype=torch.float64, device=point.device)
         gradient = torch.zeros_like(point)
+        start, stop = self._share
+        bits = torch.finfo(point.dtype).bits
+        remember = (stop - start) * self.num_outputs * bits // 8 <= _REMEMBERED_BYTES
+        seen = []
         for tangent, batch in self._pass(1):
             outputs = self._shifted(batch, tangent.jvp(batch.inputs, weights[None])[0])
             targets = self._targets(batch, outputs)
             loss -= self.likelihood.log_prob(outputs, targets).sum(dtype=torch.float64)
             gradient -= tangent.vjp(batch.inputs, self.likelihood.score(outputs, targets)[None])[0]
-        return self.grid.sum_over_data(loss), self.prior.scaled(self.grid.sum_over_data(gradient))
+            if remember:
+                seen.append(outputs)
+        table = torch.cat(seen) if seen else None
+
+        def outputs_of(batch: Batch) -> Tensor:
+            if table is not None:
+                return table[batch.indices.to(table.device) - start]
+            moved = self._tangent(1).jvp(batch.inputs, weights[None])[0]
+            return self._shifted(batch, moved)
+
+        total = self.grid.sum_over_data(loss)
+        return total, self.prior.scaled(self.grid.sum_over_data(gradient)), outputs_of
 
     def losses_along(
         self,
@@ -336,13 +358,19 @@ class LinearModel:
             yield batch, self.model.predict(batch.inputs), jacobian
             self.advance(len(batch))
 
-    def _pass(self, vectors: int) -> Iterator[tuple[Tangent, Batch]]:
+    def _pass(self, vectors: int, stride: int = 1) -> Iterator[tuple[Tangent, Batch]]:
         examples, _ = self.batch_sizes(vectors)
         tangent = self._tangent(vectors)
         start, stop = self._share
-        for batch in self.examples.batches(examples, start=start, stop=stop):
-            yield tangent, batch
-            self.advance(len(batch))
+        if stride == 1:
+            pieces = [(start, stop)]
+        else:
+            firsts = range(start, stop, stride * NOISE_BLOCK)
+            pieces = [(first, min(first + NOISE_BLOCK, stop)) for first in firsts]
+        for first, last in pieces:
+            for batch in self.examples.batches(examples, start=first, stop=last):
+                yield tangent, batch
+                self.advance(len(batch))
 
     def _tangent(self, vectors: int) -> Tangent:
         _, chunk = self.batch_sizes(vectors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,14 @@ from torch import Tensor
 
 from pushforward.linalg.conjugate_gradients import Product, advance, begin
 from pushforward.linearised_laplace.linear_model import LinearModel
+from pushforward.networks.data import Batch
 
-__all__ = ["Mode", "find_mode"]
+__all__ = ["Mode", "find_mode", "line_search"]
 
 _STEPS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.01, 1e-3)
 _MAX_NEWTON = 50
+_HESSIAN_EXAMPLES, _LARGEST_STRIDE = 4096, 8  # a Newton step needs no better Hessian
+_FORCING = 0.05  # of the gain of a Newton step that may be left undone
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +41,7 @@ class Mode:
     point: Float[Tensor, " P"]
     loss: float
     decrement: float
-    passes: int
+    passes: float
 
 
 def find_mode(
@@ -50,7 +54,8 @@ def find_mode(
 ) -> Mode:
     """Minimise ``-log p(y | h(w)) + w . diag(precision) w / 2``.
 
-    The objective is convex. Every Newton system is solved only as well as the step deserves, and a
+    The objective is convex. Every Newton system is solved only as well as the step deserves, with
+    the Hessian of a part of the examples when there are many (the gradient is that of all), and a
     line search over a fixed list of steps costs a single pass.
 
     Parameters
@@ -72,37 +77,60 @@ def find_mode(
         Whose `decrement` says whether it got there.
     """
     precision = linear.prior.diagonal(start.dtype)
-    point, passes = start, 0
-    steps = torch.tensor(_STEPS, dtype=torch.float64, device=start.device)
-    loss, gradient = linear.loss_and_gradient(point)
+    point, passes = start, 0.0
+    loss, gradient, outputs = linear.loss_and_gradient(point)
+    stride = max(1, min(_LARGEST_STRIDE, len(linear.examples) // _HESSIAN_EXAMPLES))
     decrement = torch.inf
     for _ in range(_MAX_NEWTON):
         gradient = gradient + precision * point
         direction, decrement, spent = _newton_direction(
-            linear, point, gradient, precondition, tolerance
+            linear, outputs, gradient, precondition, tolerance, stride
         )
-        passes += spent + 1
+        passes += spent / stride + 1
         if decrement <= tolerance or passes >= max_passes:
             break
-        losses = linear.losses_along(point, direction, steps)
-        quadratic = 0.5 * _energies(precision, point, direction, steps)
-        objectives = losses + quadratic
-        before = float(loss) + 0.5 * float((precision * point.double().square()).sum())
-        best = int(objectives.argmin())
         passes += 1
-        if not float(objectives[best]) < before:
+        ahead = line_search(linear, point, direction)
+        if ahead is point:
             break  # rounding is all that is left
-        point = point + float(steps[best]) * direction
-        loss, gradient = linear.loss_and_gradient(point)
+        point = ahead
+        loss, gradient, outputs = linear.loss_and_gradient(point)
     return Mode(point, float(loss), float(decrement), passes)
+
+
+def line_search(
+    linear: LinearModel, point: Float[Tensor, " P"], direction: Float[Tensor, " P"]
+) -> Float[Tensor, " P"]:
+    """The best of a fixed list of steps, for one pass over the data.
+
+    Parameters
+    ----------
+    linear
+        The linear model with its prior.
+    point, direction
+        ``(P,)``.
+
+    Returns
+    -------
+    Tensor
+        ``(P,)``; `point` itself when no step improves on it.
+    """
+    steps = torch.tensor((0.0, *_STEPS), dtype=torch.float64, device=point.device)
+    objectives = linear.losses_along(point, direction, steps)
+    weight, x, d = linear.prior.diagonal(), point.double(), direction.double()
+    squares = [(weight * a * b).sum() for a, b in ((x, x), (x, d), (d, d))]
+    objectives = objectives + 0.5 * squares[0] + steps * squares[1] + 0.5 * steps**2 * squares[2]
+    best = int(objectives.argmin())
+    return point + float(steps[best]) * direction if best else point
 
 
 def _newton_direction(
     linear: LinearModel,
-    point: Tensor,
+    outputs: Callable[[Batch], Tensor],
     gradient: Tensor,
     precondition: Product,
     tolerance: float,
+    stride: int,
 ) -> tuple[Tensor, float, int]:
     """The solution of Newton's system, to a tenth of what it gains.
 
@@ -111,10 +139,10 @@ def _newton_direction(
     tuple
         Direction ``(P,)``, decrement, passes.
     """
-    precision = linear.prior.diagonal(point.dtype)
+    precision = linear.prior.diagonal(gradient.dtype)
 
     def product(vectors: Tensor) -> Tensor:
-        return linear.product_at(point, vectors) + precision * vectors
+        return linear.product_at(outputs, vectors, stride) + precision * vectors
 
     right = -gradient[None]
     # From zero the first product is that with zero: a pass that need not be made.
@@ -126,12 +154,6 @@ def _newton_direction(
         state = advance(state, product, precondition)
         decrement = float(-(state.solution[0].double() @ gradient.double()))
         remaining = float(state.squared_error[0])
-        if remaining <= max(0.01 * decrement, 0.1 * tolerance) and state.steps > 1:
+        if remaining <= max(_FORCING * decrement, 0.1 * tolerance) and state.steps > 1:
             break
     return state.solution[0], decrement, state.steps
-
-
-def _energies(precision: Tensor, point: Tensor, direction: Tensor, steps: Tensor) -> Tensor:
-    weight, x, d = precision.double(), point.double(), direction.double()
-    squares = torch.stack([(weight * a * b).sum() for a, b in ((x, x), (x, d), (d, d))])
-    return squares[0] + 2 * steps * squares[1] + steps.square() * squares[2]

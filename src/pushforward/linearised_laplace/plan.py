@@ -10,15 +10,16 @@ from pushforward.errors import OptionError
 from pushforward.linearised_laplace.linear_model import LinearModel
 from pushforward.runs.plan import MemoryItem, Plan
 
-__all__ = ["Method", "choose_method", "exact_plan", "sampled_plan", "use_weights"]
+__all__ = ["Method", "choose_method", "exact_plan", "recyclable", "sampled_plan", "use_weights"]
 
 Method = str
 
 _EXACT_SIDE = 5_000  # a Cholesky factorisation of this size takes a second or two
 _EXACT_FLOPS = 1e14
 _EXACT_BYTES = 2**32
-_EM_VECTORS = 4 * (8 * 8 + 25)  # about four rounds: eight steps with eight draws, one mode
-_FINAL_STEPS = 10
+_EM_VECTORS = 4 * 9 * 6  # about four rounds: six steps with eight draws and the mode
+_FINAL_STEPS = 8
+_RECYCLED, _RECYCLED_BYTES = 512, 2**30
 _PROBE_EXAMPLES = 64
 _PROBE_VECTORS = 8
 
@@ -95,6 +96,18 @@ def exact_plan(linear: LinearModel) -> Plan:
     return Plan("an exact posterior", items, 20, len(linear.examples))
 
 
+def recyclable(linear: LinearModel) -> int:
+    """How many searched directions there is room to keep for the next system.
+
+    Returns
+    -------
+    int
+        At most 512, in at most 1 GiB.
+    """
+    vector = linear.model.space.size * torch.finfo(linear.model.dtype).bits // 8
+    return min(_RECYCLED, _RECYCLED_BYTES // (4 * vector))
+
+
 def sampled_plan(
     linear: LinearModel, num_draws: int, block: int, *, learn: bool, measure: bool = True
 ) -> Plan:
@@ -129,6 +142,7 @@ def sampled_plan(
         MemoryItem("finished draws", own * vector, "Take fewer draws (num_draws=...)."),
         # solution, residual, directions, their images, sketch, right-hand side, and temporaries
         MemoryItem("solver, seven vectors a draw", 7 * together * vector, advice),
+        MemoryItem("directions kept for the next system", 4 * recyclable(linear) * vector),
         MemoryItem(
             "activations of a batch",
             3 * examples * vectors * linear.activation_bytes,

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import log
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from pushforward.errors import DataError, OptionError
 from pushforward.linearised_laplace.exact import DualFactor, PrimalFactor
 from pushforward.linearised_laplace.linear_model import Offset, activation_bytes
+from pushforward.linearised_laplace.prediction import Prediction
 from pushforward.linearised_laplace.priors import Prior
 from pushforward.linearised_laplace.sampled import Round
 from pushforward.networks.data import Batch, Examples
@@ -26,6 +28,9 @@ from pushforward.runs.plan import Plan
 from pushforward.runs.progress import track
 from pushforward.typing import Params
 
+if TYPE_CHECKING:  # these modules import this one
+    from pushforward.linearised_laplace.evaluation import Evaluation
+
 __all__ = ["LaplacePosterior", "Link", "Prediction"]
 
 Link = Literal["probit", "monte_carlo"]
@@ -35,80 +40,10 @@ _HIDDEN: dict[str, Any] = {"json": False}
 
 
 @dataclass(frozen=True, eq=False)
-class Prediction:
-    """What a posterior says about the targets of some inputs.
-
-    Parameters
-    ----------
-    mean
-        ``(B, *event)``: outputs of the network itself, which are the mean of the linear model's.
-    epistemic_variance
-        ``(B, *event)``: variance of the outputs over the posterior, in their squared units.
-    noise_variance
-        Variance of a target around its output, broadcastable to `mean`; None unless the likelihood
-        is Gaussian.
-    expected
-        ``(B, *event)``: expected targets (probabilities, rates, or `mean` itself), with the
-        uncertainty of the weights in them.
-    map_expected
-        ``(B, *event)``: the same by the network alone.
-    standard_error
-        ``(B, *event)``: of `epistemic_variance`, from the number of draws; zero when it is exact.
-    are_probabilities
-        Whether `expected` holds probabilities.
-    """
-
-    mean: Float[Tensor, B * event]
-    epistemic_variance: Float[Tensor, B * event]
-    noise_variance: Tensor | None
-    expected: Float[Tensor, B * event]
-    map_expected: Float[Tensor, B * event]
-    standard_error: Float[Tensor, B * event]
-    are_probabilities: bool = False
-
-    @property
-    def probabilities(self) -> Tensor | None:
-        """`expected` of a classification, ``(B, *event)``; None otherwise."""
-        return self.expected if self.are_probabilities else None
-
-    @property
-    def variance(self) -> Tensor:
-        """Epistemic and noise variance together, ``(B, *event)``: that of a regression's target."""
-        return self.epistemic_variance + (
-            0.0 if self.noise_variance is None else self.noise_variance
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain Python objects, ready for JSON.
-
-        Returns
-        -------
-        dict
-            Tensors as nested lists.
-        """
-        fields: dict[str, Any] = to_jsonable(self)
-        return fields
-
-    def __repr__(self) -> str:
-        spread = self.epistemic_variance.double().clamp(min=0).sqrt()
-        error = self.standard_error.double() / self.epistemic_variance.double().clamp(min=1e-300)
-        lines = [
-            f"Prediction for outputs of shape {tuple(self.mean.shape)}",
-            f"  epistemic standard deviation of an output: median {float(spread.median()):.3g}, "
-            f"largest {float(spread.max()):.3g}",
-            f"  relative standard error of the epistemic variances: {float(error.mean()):.2g}",
-        ]
-        if self.noise_variance is not None:
-            noise = float(self.noise_variance.double().mean().sqrt())
-            lines.append(f"  noise standard deviation of a target: {noise:.3g}")
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True, eq=False)
 class LaplacePosterior:
     """Gaussian posterior over a network's weights, linearised where they were trained.
 
-    Made by `laplace`, or read from a file by `load_posterior`.
+    Made by `laplace`, or read from a file by `LaplacePosterior.load`.
 
     Parameters
     ----------
@@ -192,7 +127,7 @@ class LaplacePosterior:
             unscaled = self.prior.scaled(drawn).to(self.model.dtype)
         else:
             unscaled = self._draws
-        return unscaled * self.temperature**0.5
+        return unscaled if self.temperature == 1 else unscaled * self.temperature**0.5
 
     def weights(self) -> Params:
         """Posterior draws of the weights by name, each with a leading axis ``K``.
@@ -230,6 +165,104 @@ class LaplacePosterior:
             )
         return replace(self, temperature=float(temperature))
 
+    def fit_temperature(self, validation: Any, link: Link = "probit") -> LaplacePosterior:
+        """The same posterior with the temperature that makes validation data most likely.
+
+        The prior that the evidence prefers can leave predictions under-confident; held-out data
+        settle the size of the uncertainty, and leave its shape.
+
+        Parameters
+        ----------
+        validation
+            Inputs and targets that neither the network nor this posterior was made from.
+        link
+            With which it will predict; Poisson likelihoods take ``"monte_carlo"`` only.
+
+        Returns
+        -------
+        LaplacePosterior
+            Sharing factor and draws, with a check that says what was gained. The present
+            temperature does not matter.
+
+        Raises
+        ------
+        OptionError
+            For a link that there is not.
+        ResourceError
+            When the moved outputs of all draws do not fit into memory (Monte Carlo only).
+        """
+        from pushforward.linearised_laplace.validation import fit_temperature
+
+        return fit_temperature(self, validation, link)
+
+    def evaluate(
+        self,
+        data: Any,
+        *,
+        validation: Any = None,
+        bins: int = 15,
+        progress: bool | None = None,
+    ) -> Evaluation:
+        """How good the predictions are on held-out data, beside those of the network alone.
+
+        Parameters
+        ----------
+        data
+            Inputs and targets that the network was not trained on.
+        validation
+            More such data, not those in `data`, for a temperature-scaled network as the rival.
+        bins
+            Of the expected calibration error.
+        progress
+            Whether to show a bar; None: on a terminal, when it takes long.
+
+        Returns
+        -------
+        Evaluation
+            A row of scores for each way to predict.
+        """
+        from pushforward.linearised_laplace.evaluation import evaluate
+
+        return evaluate(self, data, validation=validation, bins=bins, progress=progress)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything that predictions need, except the network, to a safetensors file.
+
+        Parameters
+        ----------
+        path
+            Replaced if it exists; folders are made.
+        """
+        from pushforward.linearised_laplace.storage import save_posterior
+
+        save_posterior(self, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], net: nn.Module | FunctionalModel) -> LaplacePosterior:
+        """Read what `save` has written; predictions are the same bit for bit.
+
+        Parameters
+        ----------
+        path
+            The file.
+        net
+            The network with which the posterior was made, in evaluation mode.
+
+        Returns
+        -------
+        LaplacePosterior
+            On the device of the network.
+
+        Raises
+        ------
+        WeightsError
+            If the file is damaged, newer than this release, or of another network: the message says
+            whether the parameters are others or only their values.
+        """
+        from pushforward.linearised_laplace.storage import load_posterior
+
+        return load_posterior(path, net)
+
     def predict(
         self, x: Any, link: Link = "probit", *, progress: bool | None = False
     ) -> Prediction:
@@ -256,7 +289,7 @@ class LaplacePosterior:
         OptionError
             For another link.
         """
-        _check_link(link)
+        check_link(link)
         examples = Examples.read(x, name="x", device=self.model.device, targets=False)
         parts = []
         with track(len(examples), "Predicting", enabled=progress) as advance:
@@ -372,24 +405,34 @@ class LaplacePosterior:
         return "\n".join(lines)
 
     def _predict_batch(self, batch: Batch, link: Link) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        outputs = self.model.predict(batch.inputs)
-        moved = None
-        if self._factor is None or link == "monte_carlo":
-            moved = self._moved(batch)
-        if self._factor is not None:
-            rows = self.prior.scaled(Tangent(self.model).jacobian(batch.inputs).double())
-            form = self._factor.variance_form(rows).diagonal(dim1=1, dim2=2)
-            variance = (self.temperature * form).reshape(outputs.shape).to(outputs.dtype)
-            error = torch.zeros_like(variance)
-        else:
-            assert moved is not None
-            variance = moved.square().mean(0)
-            # K independent draws of a centred Gaussian: the mean square is a scaled chi-squared.
-            error = variance * (2 / len(moved)) ** 0.5
+        outputs, variance, error, moved = self._moments(batch, draws=link == "monte_carlo")
         if link == "probit":
             return outputs, variance, error, self.likelihood.probit_mean(outputs, variance)
         assert moved is not None
         return outputs, variance, error, self.likelihood.mean(outputs + moved).mean(0)
+
+    def _moments(
+        self, batch: Batch, *, draws: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Outputs, their epistemic variance, its standard error, and what the draws add to them.
+
+        Returns
+        -------
+        tuple
+            ``(B, *event)`` three times and ``(K, B, *event)``; the last is None when the variance
+            is exact and no `draws` are wanted.
+        """
+        outputs = self.model.predict(batch.inputs)
+        moved = self._moved(batch) if draws or self._factor is None else None
+        if self._factor is not None:
+            rows = self.prior.scaled(Tangent(self.model).jacobian(batch.inputs).double())
+            form = self._factor.variance_form(rows).diagonal(dim1=1, dim2=2)
+            variance = (self.temperature * form).reshape(outputs.shape).to(outputs.dtype)
+            return outputs, variance, torch.zeros_like(variance), moved
+        assert moved is not None
+        variance = moved.square().mean(0)
+        # K independent draws of a centred Gaussian: the mean square is a scaled chi-squared.
+        return outputs, variance, variance * (2 / len(moved)) ** 0.5, moved
 
     def _log_probabilities(self, batch: Batch, name: str) -> Tensor:
         outputs = self.model.predict(batch.inputs)
@@ -436,7 +479,14 @@ def probe_outputs(model: FunctionalModel, batch: Batch) -> int:
     return model.predict(batch.inputs)[0].numel()
 
 
-def _check_link(link: str) -> None:
+def check_link(link: str) -> None:
+    """Refuse a link that there is not.
+
+    Raises
+    ------
+    OptionError
+        With those that there are.
+    """
     if link not in _LINKS:
         raise OptionError(
             f"there is no link {link!r}",

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from pushforward.linalg.conjugate_gradients import BlockIterate
+from pushforward.linalg.subspace import Subspace
 from pushforward.linearised_laplace.priors import Prior
 from pushforward.linearised_laplace.sampled import Round, SampledState, SampledTask, step
 from pushforward.runs.store import Checkpoint
@@ -17,7 +18,7 @@ from pushforward.runs.store import Checkpoint
 __all__ = ["run"]
 
 _SAVE_EVERY = 30.0  # seconds
-_TENSORS = ("mode", "sketch", "draws", "gammas", "errors", "start")
+_TENSORS = ("mode", "sketch", "draws", "gammas", "errors")
 
 
 def run(
@@ -73,12 +74,14 @@ def _to_file(state: SampledState) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors["scale"] = state.prior.scale
     if state.iterate is not None:
         tensors |= {f"iterate.{k}": v for k, v in state.iterate.to_tensors().items()}
+    if state.subspace is not None:
+        tensors |= {"subspace": state.subspace.vectors, "subspace.images": state.subspace.images}
     plain = {
         "phase": state.phase,
         "noise_variance": state.noise_variance,
         "rounds": [asdict(entry) for entry in state.rounds],
         "work": state.work,
-        "notes": dict(state.notes),
+        "settled": state.settled,
     }
     return tensors, plain
 
@@ -88,14 +91,18 @@ def _from_file(
 ) -> SampledState:
     iterate = {k.removeprefix("iterate."): v for k, v in tensors.items() if "iterate." in k}
     rounds = tuple(_round_from(entry) for entry in plain["rounds"])
+    subspace = None
+    if "subspace" in tensors:
+        subspace = Subspace(tensors["subspace"], tensors["subspace.images"])
     return SampledState(
         phase=plain["phase"],
         prior=replace(prior, precision=tensors["precision"], scale=tensors.get("scale")),
         noise_variance=plain["noise_variance"],
         iterate=BlockIterate.from_tensors(iterate) if iterate else None,
+        subspace=subspace,
         rounds=rounds,
         work=plain["work"],
-        notes=plain["notes"],
+        settled=plain["settled"],
         **{name: tensors.get(name) for name in _TENSORS},
     )
 

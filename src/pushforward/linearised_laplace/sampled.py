@@ -9,15 +9,15 @@ system ``H w = sqrt(A) e0 + sketch`` whose noise is drawn once (arXiv 2210.04994
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pushforward.linalg.conjugate_gradients import BlockIterate, advance, begin
+from pushforward.linalg.conjugate_gradients import BlockIterate, Product, advance, begin
+from pushforward.linalg.subspace import Subspace
 from pushforward.linearised_laplace.linear_model import LinearModel
 from pushforward.linearised_laplace.mode import find_mode
 from pushforward.linearised_laplace.priors import Prior
@@ -35,10 +35,11 @@ __all__ = [
     "step",
 ]
 
-_MODE_TOLERANCE = 1e-2  # nats
+_MODE_ERROR = 1e-3  # squared, in the norm of the posterior precision, relative to that of the mode
 _EM_TOLERANCE = 0.2
 _LARGEST_STEP = 2.3  # of the log precision: a factor of ten
 _SETTLED = 0.05
+_FIRST_RELAXATION = 0.6
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ class SampledTask:
         Of learning.
     max_steps
         Of the solver, for every block.
+    recycled
+        Directions that are kept from one system for the next.
     """
 
     linear: LinearModel
@@ -105,6 +108,7 @@ class SampledTask:
     em_draws: int = 8
     max_rounds: int = 12
     max_steps: int = 200
+    recycled: int = 512
 
     @property
     def blocks(self) -> tuple[range, ...]:
@@ -122,8 +126,8 @@ class SampledState:
     Parameters
     ----------
     phase
-        What comes next: a ``"sketch"``, the ``"mode"``, a step of the ``"rounds"`` of learning, a
-        step of the ``"final"`` draws, or nothing (``"done"``).
+        What comes next: the first ``"sketch"``, a step towards ``"learn"`` prior and noise, a step
+        of the ``"final"`` draws, or nothing (``"done"``).
     prior
         With the precision of now.
     noise_variance
@@ -140,15 +144,17 @@ class SampledState:
         ``(k, layers)`` effective dimension by each finished draw.
     errors
         ``(k,)`` their squared errors relative to the effective dimension.
-    start
-        ``(em_draws, P)`` solutions of the last round: where the first final block begins.
+    subspace
+        What earlier systems taught about ``M'``; it does not depend on precision or noise.
     rounds
         What was learned so far.
+    settled
+        Whether learning reached its fixed point.
     work
         Passes so far, counted in vectors.
     """
 
-    phase: Literal["sketch", "mode", "rounds", "final", "done"]
+    phase: Literal["sketch", "learn", "final", "done"]
     prior: Prior
     noise_variance: float | None = None
     mode: Float[Tensor, " P"] | None = None
@@ -157,14 +163,14 @@ class SampledState:
     draws: Float[Tensor, "k P"] | None = None
     gammas: Float[Tensor, "k layers"] | None = None
     errors: Float[Tensor, " k"] | None = None
-    start: Float[Tensor, "e P"] | None = None
+    subspace: Subspace | None = None
     rounds: tuple[Round, ...] = ()
+    settled: bool = True
     work: float = 0.0
-    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def step(task: SampledTask, state: SampledState) -> SampledState:
-    """The next piece of work: a pass over the data or a few.
+    """The next piece of work: a pass over the data or two.
 
     Parameters
     ----------
@@ -181,10 +187,8 @@ def step(task: SampledTask, state: SampledState) -> SampledState:
     """
     if state.phase == "sketch":
         return _first_sketch(task, state)
-    if state.phase == "mode":
-        return _mode(task, state)
-    if state.phase == "rounds":
-        return _round(task, state)
+    if state.phase == "learn":
+        return _learn(task, state)
     return _final(task, state)
 
 
@@ -254,7 +258,7 @@ def _first_sketch(task: SampledTask, state: SampledState) -> SampledState:
         prior = prior.with_precision(prior.sizes / norms)
     return replace(
         state,
-        phase="mode" if learning else "final",
+        phase="learn" if learning else "final",
         prior=prior,
         mode=mode if learning else None,
         sketch=prior.scaled(sketch.vectors),
@@ -262,29 +266,26 @@ def _first_sketch(task: SampledTask, state: SampledState) -> SampledState:
     )
 
 
-def _mode(task: SampledTask, state: SampledState) -> SampledState:
-    linear = _resolved(task, state)
-    assert state.mode is not None
-    found = find_mode(linear, state.mode, _prior_inverse(linear.prior), tolerance=_MODE_TOLERANCE)
-    return replace(state, phase="rounds", mode=found.point, work=state.work + found.passes)
-
-
-def _round(task: SampledTask, state: SampledState) -> SampledState:
+def _learn(task: SampledTask, state: SampledState) -> SampledState:
+    """One step of the solver in a round of learning; behind the last one, mode and update."""
     linear = _resolved(task, state)
     assert state.sketch is not None
     assert state.mode is not None
     draws = range(len(state.sketch))
     right = right_hand_sides(linear.prior, state.sketch, draws, task.seed, state.noise_variance)
     if state.iterate is None:
-        guess = state.start
-        if guess is None:
-            guess = prior_draws(linear.prior, right, draws, task.seed)
-        return _begun(linear, state, right, guess)
-    iterate = _advanced(linear, state.iterate)
-    state = replace(state, iterate=iterate, work=state.work + len(draws))
-    gammas = effective_dimensions(linear, iterate, right)
-    if not _solved(iterate, gammas, _EM_TOLERANCE, task.max_steps):
+        return _begun(linear, state, right, prior_draws(linear.prior, right, draws, task.seed))
+    state = _advanced(task, linear, state, state.iterate)
+    assert state.iterate is not None
+    assert state.mode is not None
+    gammas = effective_dimensions(linear, state.iterate, right)
+    if not _solved(state.iterate, gammas, _EM_TOLERANCE, task.max_steps):
         return state
+    energy = float((linear.prior.diagonal() * state.mode.double().square()).sum())
+    found = find_mode(
+        linear, state.mode, _approximate_inverse(linear, state), tolerance=_MODE_ERROR * energy
+    )
+    state = replace(state, mode=found.point, work=state.work + found.passes)
     return _updated(task, state, linear, gammas)
 
 
@@ -308,9 +309,11 @@ def _updated(
         state.work,
     )
     change = (gamma / norms).log() - prior.precision.log()
-    change = change.clamp(-_LARGEST_STEP, _LARGEST_STEP) if task.learn_prior else 0 * change
+    change = _relaxed(change, state.rounds, prior) if task.learn_prior else 0 * change
     updated = prior.with_precision(prior.precision * change.exp())
-    noise, moved = state.noise_variance, float(change.abs().max())
+    # A layer that the data hardly determine may run off to any precision: it does not matter.
+    relevance = (10 * gamma / gamma.sum()).clamp(max=1)
+    noise, moved = state.noise_variance, float((change.abs() * relevance).max())
     if task.learn_noise:
         assert noise is not None
         before = noise
@@ -318,7 +321,7 @@ def _updated(
         residual = float(linear.squared_residuals(state.mode))
         noise = max(residual / max(count - float(gamma.sum()), 1.0), 1e-12)
         moved = max(moved, abs(float(torch.tensor(noise / before).log())))
-    relative = float((error / gamma).max())
+    relative = float(error.square().sum().sqrt() / gamma.sum())
     rounds = (*state.rounds, record)
     settled = moved < max(0.01, min(_SETTLED, 2 * relative))
     last = settled or len(rounds) >= task.max_rounds
@@ -327,20 +330,41 @@ def _updated(
         prior=updated,
         noise_variance=noise,
         rounds=rounds,
-        start=state.iterate.solution,
         iterate=None,
-        notes={**state.notes, "settled": settled},
+        settled=settled,
     )
-    if not last:
-        return replace(state, phase="mode")
-    return replace(state, phase="final", sketch=None)
+    return replace(state, phase="final", sketch=None) if last else state
+
+
+def _relaxed(change: Tensor, rounds: tuple[Round, ...], prior: Prior) -> Tensor:
+    """A step of the log precision: of the secant method, cautious while there is no secant.
+
+    Returns
+    -------
+    Tensor
+        ``(groups,)``, at most a factor of ten.
+    """
+    factor = torch.full_like(change, _FIRST_RELAXATION)
+    if rounds:
+        before = rounds[-1]
+        old, gamma, norms = (
+            torch.tensor(values, dtype=torch.float64, device=change.device)
+            for values in (before.precision, before.effective_dimension, before.squared_norm)
+        )
+        moved = prior.precision.log() - old.log()
+        slope = (change - ((gamma / norms).log() - old.log())) / moved
+        # The map's own slope lies between -1 and about +1/2; anything else is noise.
+        usable = (moved.abs() > 0.1) & torch.isfinite(slope)
+        factor = torch.where(usable, (-1 / slope).clamp(0.5, 1.5).nan_to_num(1.0), 1.0)
+        factor = torch.where(usable & (slope >= 0), 1.5, factor)
+    return (factor * change).clamp(-_LARGEST_STEP, _LARGEST_STEP)
 
 
 def _final(task: SampledTask, state: SampledState) -> SampledState:
     done = 0 if state.draws is None else len(state.draws)
     block = next((b for b in task.blocks if b.start >= task.blocks[0].start + done), None)
     if block is None:
-        return replace(state, phase="done", sketch=None, iterate=None, start=None)
+        return replace(state, phase="done", sketch=None, iterate=None, subspace=None)
     linear = _resolved(task, state)
     if state.sketch is None:
         sketch = _unit(task, state).sketch(block, task.seed).vectors
@@ -348,12 +372,10 @@ def _final(task: SampledTask, state: SampledState) -> SampledState:
     right = right_hand_sides(linear.prior, state.sketch, block, task.seed, state.noise_variance)
     if state.iterate is None:
         guess = prior_draws(linear.prior, right, block, task.seed)
-        if state.start is not None and block.start == 0:
-            count = min(len(state.start), len(block))
-            guess[:count] = state.start[:count]
         return _begun(linear, state, right, guess)
-    iterate = _advanced(linear, state.iterate)
-    state = replace(state, iterate=iterate, work=state.work + len(block))
+    state = _advanced(task, linear, state, state.iterate)
+    iterate = state.iterate
+    assert iterate is not None
     gammas = effective_dimensions(linear, iterate, right)
     if not _solved(iterate, gammas, task.tolerance, task.max_steps):
         return state
@@ -395,7 +417,7 @@ def right_hand_sides(
     Tensor
         ``(K, P)``.
     """
-    weight = 1.0 if noise_variance is None else noise_variance**-0.5
+    weight = _weight(noise_variance) ** 0.5
     root = prior.diagonal(sketch.dtype).sqrt()
     return root * _weight_noise(draws, sketch, seed) + weight * sketch
 
@@ -428,21 +450,62 @@ def _weight_noise(draws: range, like: Tensor, seed: int) -> Tensor:
     )
 
 
-def _prior_inverse(prior: Prior) -> Any:
-    return lambda rows: rows / prior.diagonal(rows.dtype)
+def _approximate_inverse(linear: LinearModel, state: SampledState) -> Product:
+    """Of the posterior precision: exact on what earlier systems searched, the prior elsewhere."""
+    diagonal = linear.prior.diagonal(linear.model.dtype)
+    if state.subspace is None:
+        return lambda rows: rows / diagonal
+    return state.subspace.preconditioner(diagonal, _weight(state.noise_variance))
 
 
-def _posterior_product(linear: LinearModel) -> Any:
+def _posterior_product(linear: LinearModel) -> Product:
     return lambda rows: linear.product(rows) + linear.prior.diagonal(rows.dtype) * rows
 
 
 def _begun(linear: LinearModel, state: SampledState, right: Tensor, guess: Tensor) -> SampledState:
-    iterate = begin(_posterior_product(linear), right, guess, _prior_inverse(linear.prior))
+    """The solver's start: what earlier systems taught is used before its first step."""
+    subspace, diagonal = state.subspace, linear.prior.diagonal(right.dtype)
+
+    def improve(solution: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        assert subspace is not None
+        return subspace.project(solution, residual, diagonal, _weight(state.noise_variance))
+
+    iterate = begin(
+        _posterior_product(linear),
+        right,
+        guess,
+        lambda rows: rows / diagonal,
+        None if subspace is None else improve,
+    )
     return replace(state, iterate=iterate, work=state.work + len(right))
 
 
-def _advanced(linear: LinearModel, iterate: BlockIterate) -> BlockIterate:
-    return advance(iterate, _posterior_product(linear), _prior_inverse(linear.prior))
+def _advanced(
+    task: SampledTask, linear: LinearModel, state: SampledState, iterate: BlockIterate
+) -> SampledState:
+    searched, diagonal = len(iterate.directions), linear.prior.diagonal(linear.model.dtype)
+    iterate = advance(iterate, _posterior_product(linear), lambda rows: rows / diagonal)
+    subspace = state.subspace
+    if task.recycled > 0:
+        vectors, images = iterate.searched, iterate.images
+        assert vectors is not None
+        assert images is not None
+        subspace = Subspace.empty(vectors) if subspace is None else subspace
+        # The part that stays when the prior or the noise change: M' at noise variance one.
+        images = (images - linear.prior.diagonal(images.dtype) * vectors) / _weight(
+            state.noise_variance
+        )
+        subspace = subspace.extended(vectors, images, task.recycled)
+    return replace(
+        state,
+        iterate=replace(iterate, searched=None, images=None),
+        subspace=subspace,
+        work=state.work + searched,
+    )
+
+
+def _weight(noise_variance: float | None) -> float:
+    return 1.0 if noise_variance is None else 1 / noise_variance
 
 
 def _solved(iterate: BlockIterate, gammas: Tensor, tolerance: float, max_steps: int) -> bool:

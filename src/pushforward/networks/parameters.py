@@ -184,7 +184,7 @@ class ParameterSpace:
         """
         leading = vectors.shape[:-1]
         return {
-            name: vectors[..., where].reshape(*leading, *shape)
+            name: vectors[..., where].reshape((*leading, *shape))
             for (name, where), shape in zip(self.slices.items(), self.shapes, strict=True)
         }
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import jacrev, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pushforward.networks.model import FunctionalModel, Inputs
 from pushforward.typing import Params
@@ -136,13 +137,18 @@ class Tangent:
 
         def one(example: Any) -> Params:
             single = _map_tensors(lambda x: x.unsqueeze(0), example)
-            return jacrev(lambda p: self.model(p, single).flatten())(parameters)
+            return jacrev(lambda p: self._at(single)(p).flatten())(parameters)
 
         with torch.no_grad():
             return space.ravel(vmap(one)(inputs))
 
     def _at(self, inputs: Inputs) -> Callable[[Params], Tensor]:
-        return lambda parameters: self.model(parameters, inputs)
+        def value(parameters: Params) -> Tensor:
+            # Fused kernels of attention have neither a forward nor a second derivative.
+            with sdpa_kernel(SDPBackend.MATH):
+                return self.model(parameters, inputs)
+
+        return value
 
 
 def _map_tensors(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:

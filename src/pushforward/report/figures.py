@@ -7,12 +7,20 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pushforward.report.comparison import TailCurve
 from pushforward.report.formatting import MINUS, power_of_ten
 
-__all__ = ["Interval", "can_draw", "spread_svg", "tail_curves_svg"]
+__all__ = [
+    "Interval",
+    "Line",
+    "calibration_svg",
+    "can_draw",
+    "spread_svg",
+    "survival_svg",
+    "tail_curves_svg",
+]
 
 # Matplotlib knows fixed colours only: these stand for the page's variables in a finished SVG.
 _INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
@@ -76,6 +84,28 @@ class Interval:
     sampled_mean: float
     sampled_error: float
     sampled_deviation: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """One way to predict in a figure of calibration.
+
+    Parameters
+    ----------
+    label
+        Its name.
+    role
+        ``"main"``, ``"rival"`` or ``"other"``: which colour it has.
+    x, y, lower, upper
+        Points and the ends of their intervals.
+    """
+
+    label: str
+    role: Literal["main", "rival", "other"]
+    x: Sequence[float]
+    y: Sequence[float]
+    lower: Sequence[float]
+    upper: Sequence[float]
 
 
 def can_draw() -> bool:
@@ -221,6 +251,106 @@ def tail_curves_svg(curves: Sequence[TailCurve], key: str) -> str:
             loc="outside upper left",
             ncols=4,
         )
+        return _themed(figure, key)
+
+
+def calibration_svg(
+    lines: Sequence[Line], key: str, *, xlabel: str, ylabel: str, upper: float | None = 1.0
+) -> str:
+    """What was promised against what was kept, beside the diagonal on which the two agree.
+
+    Parameters
+    ----------
+    lines
+        One for each way to predict; ``"rival"`` and ``"main"`` have the page's two colours.
+    key
+        Prefix of identifiers within the drawing, unique on the page.
+    xlabel, ylabel
+        Of the axes.
+    upper
+        End of both axes; None for as far as the points go.
+
+    Returns
+    -------
+    str
+        SVG.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    styles = {
+        "rival": (_SAMPLED, "o", (0, (1, 0)), 1.6),
+        "main": (_PROPAGATED, "o", (0, (1, 0)), 2.0),
+        "other": (_MUTED, "s", (0, (4, 3)), 1.2),
+    }
+    end = upper
+    if end is None:
+        end = 1.05 * max((value for line in lines for value in (*line.x, *line.upper)), default=1)
+    with rc_context(_SETTINGS):
+        figure = Figure(figsize=(8.2, 4.2), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([0, end], [0, end], color=_MUTED, lw=1, ls=":")
+        for line in lines:
+            colour, marker, dashes, width = styles[line.role]
+            errors = [
+                [max(y - low, 0.0) for y, low in zip(line.y, line.lower, strict=True)],
+                [max(high - y, 0.0) for y, high in zip(line.y, line.upper, strict=True)],
+            ]
+            axes.errorbar(line.x, line.y, yerr=errors, fmt="none", ecolor=colour, elinewidth=1)
+            axes.plot(
+                line.x,
+                line.y,
+                color=colour,
+                marker=marker,
+                ms=4.2,
+                mfc=_PAPER,
+                mew=1.2,
+                ls=dashes,
+                lw=width,
+                label=line.label,
+            )
+        axes.set_xlim(0, 1.01 * end)
+        axes.set_ylim(0, 1.02 * end)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        figure.legend(loc="outside upper left", ncols=4)
+        return _themed(figure, key)
+
+
+def survival_svg(groups: Sequence[tuple[str, Sequence[float]]], key: str, *, xlabel: str) -> str:
+    """Share of each group whose value exceeds a threshold, drawn as steps.
+
+    Parameters
+    ----------
+    groups
+        Name and values; the first has the page's first colour.
+    key
+        Prefix of identifiers within the drawing, unique on the page.
+    xlabel
+        What the values are.
+
+    Returns
+    -------
+    str
+        SVG.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_SETTINGS):
+        figure = Figure(figsize=(8.2, 3.4), layout="constrained")
+        axes = figure.subplots()
+        end = max((value for _, values in groups for value in values), default=0.0) or 1.0
+        for (name, values), colour in zip(groups, (_PROPAGATED, _SAMPLED, _MUTED), strict=False):
+            ordered, count = sorted(values), len(values)
+            x = [0.0, *ordered, 1.03 * end]
+            y = [1.0, *(1 - (rank + 1) / count for rank in range(count)), 0.0]
+            axes.step(x, y, where="post", color=colour, lw=2, label=f"{name} ({count:,})")
+        axes.set_xlim(0, 1.03 * end)
+        axes.set_ylim(0, 1.02)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel("share of examples above it")
+        figure.legend(loc="outside upper left", ncols=3)
         return _themed(figure, key)
 
 

@@ -42,10 +42,13 @@ class Cell(NamedTuple):
         What is shown.
     tone
         Colour that says how to take it.
+    image
+        A small picture in front of the text: a ``data:`` URI made by this library.
     """
 
     text: str
     tone: Tone = ""
+    image: str = ""
 
 
 @dataclass(frozen=True)
