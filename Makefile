@@ -46,7 +46,7 @@ bench: .venv/.dev
 
 clean:
 	rm -rf .venv build dist site demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	find src tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks reproductions docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- the environment, in two sizes; the larger contains the smaller ------------------------------
 

@@ -18,14 +18,14 @@ from time import perf_counter
 from typing import Any, Literal
 
 import torch
-from reproductions.datasets import DataName, Images, load_images, standardise, unit_images
-from reproductions.networks import NETWORKS, NetworkName, num_bayesian_parameters
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pushforward.errors import DataError, OptionError, PushforwardError
 from pushforward.runs.progress import track
 from pushforward.runs.rng import stream
+from reproductions.datasets import DataName, Images, load_images, standardise, unit_images
+from reproductions.networks import NETWORKS, NetworkName, num_bayesian_parameters
 
 __all__ = ["Training", "load_trained", "main", "train", "training_images", "weights_path"]
 

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from laplace_scenarios import classification, numbers
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -57,3 +60,71 @@ def test_published_code_asks_for_its_clone(benchmark, capsys):
     with pytest.raises(SystemExit):
         benchmark("published_code").main([])
     assert "--rival" in capsys.readouterr().err
+
+
+@pytest.fixture
+def small_problem(benchmark):
+    script = benchmark("laplace_solvers")
+    net, x, y = classification(num_examples=130)
+    return script, script.problem("small", net, x, y, 0.5, 4, exact=True)
+
+
+def test_solvers_are_measured_against_solutions(small_problem):
+    _, task = small_problem
+    rows = task.rows.flatten(0, 1)
+    vectors = task.start
+    torch.testing.assert_close(rows.T @ rows @ vectors.T, task.linear.product(vectors).T)
+    error, bias = task.measure(task.truth)
+    assert abs(error) < 1e-20
+    assert abs(bias) < 1e-10
+    inverse = torch.linalg.inv(rows.T @ rows + 0.5 * torch.eye(rows.shape[1], dtype=rows.dtype))
+    off = task.truth / 3
+    expected = torch.einsum("kp,pq,kq->k", off, torch.linalg.inv(inverse), off).mean() / task.gamma
+    assert task.measure(task.truth + off)[0] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_every_solver_comes_to_the_solution(small_problem, tmp_path):
+    script, task = small_problem
+    found = script.race(task, most=50)
+    for row in found["solvers"]:
+        errors = [error for error, _ in row["curve"].values()]
+        assert errors[-1] < (1e-6 if "CG" in row["solver"] else 0.1)
+    report = script.table(found)
+    assert all(f"| {name} |" in report for name in script.SOLVERS)
+    script.record(found, tmp_path)
+    script.record({**found, "solvers": found["solvers"][:1]}, tmp_path)  # adds to what is there
+    races = json.loads((tmp_path / "laplace_solvers.json").read_text())
+    assert [len(race["solvers"]) for race in races] == [len(script.SOLVERS)]
+
+
+def test_kronecker_preconditioner_is_exact_for_one_example_and_layer(benchmark):
+    script = benchmark("laplace_solvers")
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4, dtype=torch.float64)).eval()
+    x, y = numbers(1, 3, seed=0), torch.tensor([2])
+    task = script.problem("one", net, x, y, 0.5, 6, exact=True)
+    sketch = task.linear.sketch(range(6), 0).vectors
+    matrix = sketch.T @ sketch / 6 + 0.5 * torch.eye(16, dtype=torch.float64)
+    vectors = numbers(2, 16, seed=1)
+    torch.testing.assert_close(
+        script.kronecker(task)(vectors), torch.linalg.solve(matrix, vectors.T).T
+    )
+
+
+def test_laplace_measures_time_and_memory_in_processes(benchmark, tmp_path):
+    script = benchmark("laplace")
+    case = script.Case(3, 4, ("exact", "sampled"), (), exact=True, examples=40)
+    script.main(["--draws", "16", "--output", str(tmp_path)], cases=(case,))
+    rows = json.loads((tmp_path / "laplace.json").read_text())["cases"][0]["rows"]
+    assert [row["method"] for row in rows] == ["exact", "sampled"]
+    assert all(row["fit"] > 0 and row["predict"] > 0 for row in rows)
+    assert rows[0]["off"] == 0
+    assert 0.01 < rows[1]["off"] < 1
+    assert "ours, sampled, 16 draws" in (tmp_path / "laplace.md").read_text()
+
+
+def test_laplace_reports_a_rival_that_fails(benchmark, tmp_path):
+    script = benchmark("laplace")
+    case = script.Case(3, 4, (), ("full",), examples=8)
+    script.write_problem(case, tmp_path)
+    row = script.measure(sys.executable, case, "laplace-torch", "full", tmp_path, 1)
+    assert "laplace" in row["failure"]

@@ -152,7 +152,7 @@ def test_arguments_that_are_none_exit_with_two(capsys: pytest.CaptureFixture[str
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
-    assert all(command in printed for command in ("report", "expect", "demo"))
+    assert all(command in printed for command in ("report", "expect", "uncertainty", "demo"))
     assert main(["report", "--help"]) == 0
     assert "safetensors" in capsys.readouterr().out
 

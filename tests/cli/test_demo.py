@@ -39,13 +39,19 @@ def test_a_few_epochs_learn_the_digits(tmp_path: Path) -> None:
         assert data["x"].min() == 0
         assert data["x"].max() == 1
     digits_classifier().load_state_dict(load_file(run.weights))
+    lengths = {}
+    for path in (run.train, run.validation, run.test):
+        with np.load(path) as data:
+            lengths[path.name] = len(data["y"])
+            assert data["x"].shape == (len(data["y"]), 64)
+    assert lengths == {"train.npz": 1348, "validation.npz": 149, "test.npz": 300}
 
 
 def test_demo_writes_the_report_of_its_own_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "demo"
-    arguments = ["--output", str(folder), "--samples", "256", "--epochs", "1"]
+    arguments = ["--output", str(folder), "--samples", "256", "--epochs", "1", "--draws", "4"]
     assert main(["demo", *arguments]) == 0
     printed = capsys.readouterr().out
     assert str(folder / "index.html") in printed
@@ -54,6 +60,11 @@ def test_demo_writes_the_report_of_its_own_command(
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     outputs = result["sections"]["expected-output"]["results"]["outputs"]
     assert len(outputs["mean"]) == 10
+    evaluation = result["sections"]["uncertainty"]["results"]["evaluation"]
+    assert evaluation["num_examples"] == 300
+    assert len(evaluation["rows"]) == 4
+    assert page.count('class="thumb"') == 12
+    assert (folder / "posterior.safetensors").exists()
 
     command = printed.split("Make it again: ")[1]
     again = shlex.split(command)[1:]
@@ -61,6 +72,8 @@ def test_demo_writes_the_report_of_its_own_command(
     assert main(again) == 0
     repeated = json.loads((tmp_path / "again" / "result.json").read_text(encoding="utf-8"))
     assert repeated["sections"]["expected-output"]["results"]["outputs"] == outputs
+    again_rows = repeated["sections"]["uncertainty"]["results"]["evaluation"]["rows"]
+    assert again_rows == evaluation["rows"]
 
 
 def test_folder_that_cannot_be_made_is_refused(

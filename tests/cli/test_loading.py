@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pushforward.cli.loading import load_data, load_law, load_network, load_weights
-from pushforward.cli.options import LawOptions, NetworkOptions
+from pushforward.cli.loading import load_data, load_examples, load_law, load_network, load_weights
+from pushforward.cli.options import ExampleOptions, LawOptions, NetworkOptions
 from pushforward.errors import (
     DataError,
     LawError,
@@ -353,3 +353,35 @@ def test_shape_of_data_must_fit(tmp_path: Path) -> None:
 def test_one_example_has_no_law(tmp_path: Path) -> None:
     with pytest.raises(LawError):
         load_law(LawOptions(data=archive(tmp_path / "d.npz", x=np.ones((1, 3)))))
+
+
+def test_examples_come_with_their_targets(tmp_path: Path) -> None:
+    x = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    path = archive(tmp_path / "d.npz", x=x, y=np.array([2, 0, 1, 2], dtype=np.uint8))
+    options = ExampleOptions(scale=0.5, input_shape=(1, 2, 3))
+    inputs, targets = load_examples(path, options, dtype=torch.float32)
+    assert inputs.dtype == torch.float32
+    assert inputs[1].tolist() == [[[3.0, 3.5, 4.0], [4.5, 5.0, 5.5]]]
+    assert targets.dtype == torch.int64
+    assert targets.tolist() == [2, 0, 1, 2]
+    numbers = np.array([[0.5], [1.5], [2.5], [3.5]])
+    path = archive(tmp_path / "r.npz", pixels=x, rate=numbers, y=np.zeros(4))
+    named = ExampleOptions(key="pixels", target_key="rate")
+    inputs, targets = load_examples(path, named, dtype=torch.float32)
+    assert targets.dtype == torch.float32
+    assert targets.tolist() == numbers.tolist()
+
+
+def test_examples_that_do_not_fit_their_targets_are_refused(tmp_path: Path) -> None:
+    path = archive(tmp_path / "d.npz", x=np.ones((4, 6)), y=np.zeros(3))
+    with pytest.raises(DataError, match="4 inputs and 3 targets"):
+        load_examples(path, ExampleOptions())
+    with pytest.raises(DataError, match="no array 'z' of targets"):
+        load_examples(path, ExampleOptions(target_key="z"))
+    with pytest.raises(ShapeError, match="6 entries"):
+        load_examples(path, ExampleOptions(input_shape=(2, 2)))
+    with pytest.raises(DataError, match="dtype <U1"):
+        load_examples(
+            archive(tmp_path / "s.npz", x=np.ones((2, 6)), y=np.array(["a", "b"])),
+            ExampleOptions(),
+        )

@@ -119,3 +119,13 @@ def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError) as caught:
         write(example_report(), tmp_path / "file" / "index.html")
     assert "file" in caught.value.where
+
+
+def test_pictures_stand_in_front_of_the_text_of_their_entry() -> None:
+    uri = "data:image/png;base64,AAAA+/=="
+    table = Table("t", ("input", "n"), ((Cell("7", image=uri), Cell("1", image=uri)), ("8", "2")))
+    report = Report("r", "s", (Section("k", "t", "q", Verdict("pass", "fine"), (table,)),))
+    outline = Outline(render(report))
+    sources = [value for name, value in outline.attributes if name == "src"]
+    assert sources == [uri, uri]
+    assert f'<img class="thumb" src="{uri}" alt="">7</th>' in render(report)

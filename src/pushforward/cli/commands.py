@@ -329,14 +329,17 @@ class Demo:
         Folder for the page, the weights and the data.
     samples
         Forward passes of the Monte Carlo check.
+    draws
+        Posterior draws of the section on uncertainty.
     epochs
         Passes over the training data.
     seed
-        Of the training and of the Monte Carlo check.
+        Of the training, of the Monte Carlo check and of the draws.
     """
 
     output: Path = Path("demo")
     samples: int = 100_000
+    draws: int = 64
     epochs: int = 30
     seed: int = 0
 
@@ -372,6 +375,7 @@ class Demo:
             *("--train", str(trained.train)),
             *("--test", str(trained.test)),
             *("--validation", str(trained.validation)),
+            *("--draws", str(self.draws)),
             *("--image-shape", "8", "8"),
             *("--output", str(self.output)),
         ]

@@ -278,7 +278,7 @@ def load_examples(
 
 def _read_array(
     path: Path, choose: Callable[[Mapping[str, Any]], str]
-) -> tuple[str, np.ndarray[Any, Any]]:
+) -> tuple[str, np.ndarray[Any, np.dtype[Any]]]:
     """One numeric array of an archive, with its name.
 
     Returns

@@ -166,9 +166,8 @@ def laplace(
 
     Notes
     -----
-    Sections 1 to 3 of the method's description: the linear model and its evidence (arXiv
-    2206.08900), draws by optimisation and learning the prior from them (arXiv 2210.04994; arXiv
-    2404.19157).
+    The method, sections 4.1 to 4.7: the linear model and its evidence (arXiv 2206.08900), draws by
+    optimisation and learning the prior from them (arXiv 2210.04994; arXiv 2404.19157).
     """
     began = perf_counter()
     problem = _read_problem(

@@ -486,7 +486,8 @@ def _advanced(
     searched, diagonal = len(iterate.directions), linear.prior.diagonal(linear.model.dtype)
     iterate = advance(iterate, _posterior_product(linear), lambda rows: rows / diagonal)
     subspace = state.subspace
-    if task.recycled > 0:
+    # Only what every process learned alike: draws must not depend on who solved which block first.
+    if task.recycled > 0 and state.phase == "learn":
         vectors, images = iterate.searched, iterate.images
         assert vectors is not None
         assert images is not None

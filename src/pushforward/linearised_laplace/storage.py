@@ -222,10 +222,10 @@ def _recognised(
         )
     if model.fingerprint() != saved.fingerprint:
         values = _values(model)
-        changed = [name for name in shapes if values[name] != saved.values[name]]
+        changed = [name for name in saved.values if values.get(name) != saved.values[name]]
         raise WeightsError(
             f"the posterior of the same architecture with other weights: only the values differ, "
-            f"in {len(changed)} of {len(shapes)} parameters ({_listed(changed)})",
+            f"in {len(changed)} of {len(values)} tensors ({_listed(changed)})",
             where=where,
             advice="Load the weights with which the posterior was made; after further training, "
             "make a new posterior.",
@@ -325,8 +325,9 @@ def _parameters(net: nn.Module | FunctionalModel) -> dict[str, Tensor]:
 
 
 def _values(model: FunctionalModel) -> dict[str, str]:
-    """A fingerprint of each parameter, so that a message can name those that changed."""
-    return {name: fingerprint({name: p}) for name, p in model.parameters.items()}
+    """A fingerprint of each tensor, so that a message can name those that changed."""
+    tensors = {**model.parameters, **model.frozen}
+    return {name: fingerprint({name: tensor}) for name, tensor in tensors.items()}
 
 
 def _checks(entries: Iterable[Mapping[str, Any]]) -> tuple[Check, ...]:

@@ -38,6 +38,9 @@ class FunctionalModel:
         How messages call it.
     left_out
         Parameters of the network that are held fixed, by name, with the reason.
+    frozen
+        Parameters and buffers that `function` holds fixed, as far as they are known: they tell
+        networks apart.
 
     Examples
     --------
@@ -51,6 +54,7 @@ class FunctionalModel:
     parameters: Params
     name: str = "net"
     left_out: Mapping[str, str] = field(default_factory=dict)
+    frozen: Params = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         kinds = {(p.dtype, p.device) for p in self.parameters.values()}
@@ -135,7 +139,7 @@ class FunctionalModel:
             return functional_call(net, {**frozen, **parameters}, arguments, keywords)
 
         uncertain: Params = {name: p for name, p in everything.items() if name not in reasons}
-        return cls(function, uncertain, type(net).__name__, reasons)
+        return cls(function, uncertain, type(net).__name__, reasons, frozen)
 
     @cached_property
     def space(self) -> ParameterSpace:
@@ -178,7 +182,7 @@ class FunctionalModel:
         return self(self.parameters, inputs)
 
     def fingerprint(self) -> str:
-        """A short hash of names, shapes and values of the uncertain parameters.
+        """A short hash of names, shapes and values of all parameters and buffers.
 
         Returns
         -------
@@ -186,8 +190,9 @@ class FunctionalModel:
             Sixteen hexadecimal digits; any changed weight changes it.
         """
         digest = hashlib.blake2b(self.space.fingerprint().encode(), digest_size=8)
-        for parameter in self.parameters.values():
-            values = parameter.detach().cpu().contiguous()
+        for name, tensor in (*self.parameters.items(), *sorted(self.frozen.items())):
+            values = tensor.detach().cpu().contiguous().flatten()
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(values.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
@@ -199,6 +204,7 @@ def _restricted(model: FunctionalModel, chosen: tuple[str, ...]) -> FunctionalMo
         {name: model.parameters[name] for name in chosen},
         model.name,
         {**model.left_out, **dict.fromkeys(frozen, "not in subset")},
+        {**model.frozen, **frozen},
     )
 
 

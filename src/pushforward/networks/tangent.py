@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,9 @@ class Tangent:
             return push(direction)[0]
 
         directions = self.model.space.unravel(vectors)
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # The first forward derivative imports a part of torch that torch itself deprecates.
+            warnings.simplefilter("ignore", DeprecationWarning)
             try:
                 return vmap(forward, chunk_size=self.chunk)(directions)
             except NotImplementedError:
