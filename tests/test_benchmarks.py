@@ -97,28 +97,31 @@ def test_every_solver_comes_to_the_solution(small_problem, tmp_path):
     assert [len(race["solvers"]) for race in races] == [len(script.SOLVERS)]
 
 
-def test_kronecker_preconditioner_is_exact_for_one_example_and_layer(benchmark):
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_kronecker_preconditioner_is_exact_for_one_example_and_layer(benchmark, kind):
     script = benchmark("laplace_solvers")
-    net = torch.nn.Sequential(torch.nn.Linear(3, 4, dtype=torch.float64)).eval()
-    x, y = numbers(1, 3, seed=0), torch.tensor([2])
-    task = script.problem("one", net, x, y, 0.5, 6, exact=True)
+    if kind == "linear":
+        net, x = torch.nn.Sequential(torch.nn.Linear(18, 4)), numbers(1, 18, seed=0)
+    else:  # one position: the whole image
+        net = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3), torch.nn.Flatten())
+        x = numbers(1, 2, 3, 3, seed=0)
+    task = script.problem("one", net.double().eval(), x, torch.tensor([2]), 0.5, 6, exact=True)
     sketch = task.linear.sketch(range(6), 0).vectors
-    matrix = sketch.T @ sketch / 6 + 0.5 * torch.eye(16, dtype=torch.float64)
-    vectors = numbers(2, 16, seed=1)
+    matrix = sketch.T @ sketch / 6 + 0.5 * torch.eye(76, dtype=torch.float64)
+    vectors = numbers(2, 76, seed=1)
     torch.testing.assert_close(
         script.kronecker(task)(vectors), torch.linalg.solve(matrix, vectors.T).T
     )
 
 
-def test_laplace_measures_time_and_memory_in_processes(benchmark, tmp_path):
+def test_laplace_measures_time_and_memory_in_a_process(benchmark, tmp_path):
     script = benchmark("laplace")
-    case = script.Case(3, 4, ("exact", "sampled"), (), exact=True, examples=40)
+    case = script.Case(3, 4, ("sampled",), (), examples=40)
     script.main(["--draws", "16", "--output", str(tmp_path)], cases=(case,))
-    rows = json.loads((tmp_path / "laplace.json").read_text())["cases"][0]["rows"]
-    assert [row["method"] for row in rows] == ["exact", "sampled"]
-    assert all(row["fit"] > 0 and row["predict"] > 0 for row in rows)
-    assert rows[0]["off"] == 0
-    assert 0.01 < rows[1]["off"] < 1
+    (row,) = json.loads((tmp_path / "laplace.json").read_text())["cases"][0]["rows"]
+    assert row["fit"] > 0
+    assert row["predict"] > 0
+    assert row["megabytes"] < 500
     assert "ours, sampled, 16 draws" in (tmp_path / "laplace.md").read_text()
 
 

@@ -328,3 +328,25 @@ def test_impossible_requests_are_refused(script, folder, tmp_path, capsys):
     assert script.main(["--network", "lenet", "--folder", str(tmp_path)]) == 2
     assert "PUSHFORWARD_DATA" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.json"))
+
+
+def test_uncertainty_of_a_tiny_run(script, folder, tmp_path):
+    study = importlib.import_module("reproductions.uncertainty")
+    networks, output = tmp_path / "networks", tmp_path / "output"
+    options = ["--network", "lenet", "--seeds", "0", "--data-dir", str(folder)]
+    assert (
+        script.main([*options, "--folder", str(networks), "--epochs", "1", "--batch-size", "32"])
+        == 0
+    )
+    call = [*options, "--networks", str(networks), "--output", str(output), "--draws", "2"]
+    call += ["--num-validation", "8", "--num-test", "16", "--num-train", "24"]
+    assert study.main(call) == 0
+    stored = study.Uncertainty("lenet", networks, output, (0,), data_dir=folder)
+    (result,) = study.study(stored)  # reads what was written
+    assert result["train_images"] == 24 and result["draws"] == 2
+    for scores in result["scores"].values():
+        assert 0 <= scores["accuracy"] <= 1 and scores["NLL"] > 0
+        assert 0 <= scores["AUROC, permuted_pixels"] <= 1
+    table = (output / "lenet.md").read_text()
+    assert all(f" {name} |" in table for name in result["scores"])
+    assert (output / "lenet-0-posterior.safetensors").exists()

@@ -117,8 +117,8 @@ def test_rescaling_is_a_change_of_coordinates(problem):
     linear, dense = problem.linear(), problem.dense()
     scale = numbers(len(dense.trained), seed=32).exp()
     matrix = 3.0 * scale[:, None] * dense.gauss_newton * scale
-    close(primal_factor(linear).rescaled(scale, 3.0).curvature, matrix)
-    rows = dual_factor(linear).rescaled(scale, 3.0).rows
+    close(3.0 * primal_factor(linear).rescaled(scale).curvature, matrix)
+    rows = dual_factor(linear).rescaled(scale).factorise(linear.prior, 3.0).rows
     close(rows.T @ rows, matrix)
 
 

@@ -38,6 +38,9 @@ class Factorisation(Protocol):
     def effective_dimensions(self) -> Float[Tensor, " layers"]:
         """``sum (H^{-1} M')_pp`` over the parameters of each layer."""
 
+    def group_dimensions(self) -> Float[Tensor, " groups"]:
+        """The same for each group of the prior, and cheaper when there is only one."""
+
 
 @dataclass(frozen=True, eq=False)
 class PrimalFactor:
@@ -104,6 +107,16 @@ class PrimalFactor:
         """
         inverse = torch.cholesky_inverse(self.cholesky).diagonal()
         return self.prior.space.layer_sums(1 - self.prior.diagonal() * inverse)
+
+    def group_dimensions(self) -> Float[Tensor, " groups"]:
+        """`effective_dimensions`, pooled into the groups of the prior.
+
+        Returns
+        -------
+        Tensor
+            ``(groups,)`` float64.
+        """
+        return self.prior.pool(self.effective_dimensions())
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +195,19 @@ class DualFactor:
         half = torch.linalg.solve_triangular(self.cholesky, self.rows, upper=False)
         return self.prior.space.layer_sums(half.square().sum(0) / self.prior.diagonal())
 
+    def group_dimensions(self) -> Float[Tensor, " groups"]:
+        """`effective_dimensions`, pooled; for a single group ``tr 1 - (1 + K)^{-1}``.
+
+        Returns
+        -------
+        Tensor
+            ``(groups,)`` float64.
+        """
+        if self.prior.kind == "layerwise":
+            return self.effective_dimensions()
+        inverse = torch.cholesky_inverse(self.cholesky).diagonal()
+        return (1 - inverse).sum()[None]
+
 
 @dataclass(frozen=True, eq=False)
 class Factor:
@@ -206,37 +232,36 @@ class Factor:
         assert self.rows is not None
         return self.rows.square().sum(0)
 
-    def rescaled(self, scale: Float[Tensor, " P"] | None, weight: float = 1.0) -> Factor:
-        """In other coordinates, and with another inverse noise variance.
+    def rescaled(self, scale: Float[Tensor, " P"] | None) -> Factor:
+        """In other coordinates.
 
         Parameters
         ----------
         scale
             ``(P,)``; None for one.
-        weight
-            Of the whole of ``M``.
 
         Returns
         -------
         Factor
-            ``weight diag(scale) M diag(scale)``.
+            ``diag(scale) M diag(scale)``.
         """
+        if scale is None:
+            return self
         if self.curvature is not None:
-            curvature = self.curvature * weight
-            if scale is not None:
-                curvature = scale[:, None] * curvature * scale
-            return Factor(curvature, None)
+            return Factor(scale[:, None] * self.curvature * scale, None)
         assert self.rows is not None
-        rows = self.rows * weight**0.5
-        return Factor(None, rows if scale is None else rows * scale)
+        return Factor(None, self.rows * scale)
 
-    def factorise(self, prior: Prior) -> PrimalFactor | DualFactor:
+    def factorise(self, prior: Prior, weight: float = 1.0) -> PrimalFactor | DualFactor:
         """The posterior for some precisions.
 
         Parameters
         ----------
         prior
             In whose coordinates this factor is.
+        weight
+            By which the whole of ``M'`` is multiplied: the inverse noise variance, when ``M'`` is
+            that of unit noise.
 
         Returns
         -------
@@ -244,12 +269,23 @@ class Factor:
             Exact up to rounding.
         """
         if self.curvature is not None:
-            matrix = self.curvature + torch.diag(prior.diagonal())
+            matrix = weight * self.curvature
+            matrix.diagonal().add_(prior.diagonal())
             return PrimalFactor(prior, torch.linalg.cholesky(matrix))
         assert self.rows is not None
-        matrix = (self.rows / prior.diagonal()) @ self.rows.T
+        rows = self.rows if weight == 1 else self.rows * weight**0.5
+        if prior.kind == "layerwise":
+            matrix = (rows / prior.diagonal()) @ rows.T
+        else:
+            matrix = self._gram * (weight / float(prior.precision[0]))
         matrix.diagonal().add_(1)
-        return DualFactor(prior, self.rows, torch.linalg.cholesky(matrix))
+        return DualFactor(prior, rows, torch.linalg.cholesky(matrix))
+
+    @cached_property
+    def _gram(self) -> Float[Tensor, "R R"]:
+        """``W W^T``, which every precision of a single group shares."""
+        assert self.rows is not None
+        return self.rows @ self.rows.T
 
 
 def primal_factor(linear: LinearModel) -> Factor:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import log
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,8 +18,11 @@ from pushforward.linearised_laplace.sampled import Round, current_likelihood
 
 __all__ = ["ExactFit", "fit_exactly"]
 
-_CONVERGED = 1e-8  # change of the log precision
-_MODE_TOLERANCE = 1e-14  # nats
+_CONVERGED = {torch.float64: 1e-8}  # change of the log precision, by the network's dtype
+_MODE_TOLERANCE = {torch.float64: 1e-14}  # nats
+_LOOSELY = 1e-6  # either, in lower precision
+_NOTHING = 1e-2  # directions
+_FARTHEST = 7.0  # step of the log precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,16 +92,19 @@ def fit_exactly(
     """
     rounds: list[Round] = []
     prior, settled = linear.prior, False
+    dtype, before = linear.model.dtype, None
     mode = prior.coordinates(linear.model.vector)
     while True:
         here = linear.with_prior(prior).with_likelihood(
             current_likelihood(linear.likelihood, noise)
         )
         weight = 1.0 if noise is None else 1 / noise
-        posterior = factor.rescaled(None, weight).factorise(prior)
-        found = find_mode(here, mode, posterior.solve, tolerance=_MODE_TOLERANCE)
+        posterior = factor.factorise(prior, weight)
+        found = find_mode(
+            here, mode, posterior.solve, tolerance=_MODE_TOLERANCE.get(dtype, _LOOSELY)
+        )
         mode = found.point
-        gammas = prior.pool(posterior.effective_dimensions())
+        gammas = posterior.group_dimensions()
         norms = prior.group_sums(mode.double().square())
         evidence = -found.loss - 0.5 * float((prior.precision * norms).sum())
         evidence -= 0.5 * posterior.log_determinant_ratio
@@ -117,13 +124,36 @@ def fit_exactly(
         after_round(rounds[-1])
         moved = 0.0
         if learn_prior:
-            updated = prior.with_precision(gammas / norms.clamp(min=1e-300))
-            moved = float((updated.precision / prior.precision).log().abs().max())
-            prior = updated
+            change = (gammas / norms.clamp(min=1e-300)).log() - prior.precision.log()
+            # A group that the data determine nothing of runs off for ever, to no effect.
+            moved = float((change.abs() * (gammas > _NOTHING)).max())
+            here_log = prior.precision.log()
+            prior = prior.with_precision((here_log + _secant(here_log, change, before)).exp())
+            before = (here_log, change)
         if noise is not None:
             count = len(linear.examples) * linear.num_outputs
             residual = float(here.squared_residuals(mode))
             updated_noise = max(residual / max(count - float(gammas.sum()), 1e-6), 1e-300)
             moved = max(moved, abs(log(updated_noise / noise)))
             noise = updated_noise
-        settled = moved < _CONVERGED
+        settled = moved < _CONVERGED.get(dtype, _LOOSELY)
+
+
+def _secant(
+    point: Float[Tensor, " groups"],
+    change: Float[Tensor, " groups"],
+    before: tuple[Tensor, Tensor] | None,
+) -> Float[Tensor, " groups"]:
+    """Where the change of the fixed-point map would vanish on the line through the last two points.
+
+    Returns
+    -------
+    Tensor
+        ``(groups,)`` step: the plain change where there is no line, or it leads far away.
+    """
+    if before is None:
+        return change
+    slope = (change - before[1]) / (point - before[0])
+    factor = torch.where(torch.isfinite(slope) & (slope < 0), -1 / slope, 1.0)
+    most = 5.0 if len(change) == 1 else 2.0
+    return (change * factor.clamp(0.5, most)).clamp(-_FARTHEST, _FARTHEST)

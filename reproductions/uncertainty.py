@@ -1,0 +1,294 @@
+"""How sure trained image classifiers are: MAP, MAP with a temperature, last layer, all layers.
+
+    python -m reproductions.uncertainty --network lenet --networks networks --output results
+
+For every seed one JSON file, and a table of their means. Started again, it skips the seeds that are
+finished and resumes a posterior that was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import pushforward as pf
+from pushforward.errors import PushforwardError
+from pushforward.linearised_laplace.calibration import (
+    accuracy,
+    auroc,
+    expected_calibration_error,
+    fit_temperature,
+    negative_log_likelihood,
+)
+from reproductions.datasets import (
+    CORRUPTIONS,
+    DataName,
+    corrupt,
+    load_images,
+    out_of_distribution,
+    rotate,
+    standardise,
+    unit_images,
+)
+from reproductions.networks import NetworkName
+from reproductions.train import DATA, load_trained, training_images
+
+__all__ = ["Uncertainty", "main", "study"]
+
+_ANGLES = (15, 30, 45, 60)
+_BATCH = 500
+
+Predict = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """Compare ways to be uncertain.
+
+    Parameters
+    ----------
+    network
+        lenet or resnet20, as trained by `reproductions.train`.
+    networks
+        Folder of the trained networks.
+    output
+        Folder for results and posteriors.
+    seeds
+        Of the trained networks.
+    draws
+        Posterior draws of all layers.
+    prior
+        Of all layers and of the last one.
+    num_train
+        Training images that the posterior sees; default those that the network was trained on.
+    num_validation
+        Test images, the first ones, on which temperatures are fitted; the rest is tested on.
+    num_test
+        At most so many test images.
+    data_dir, cache
+        As for `reproductions.train`.
+    """
+
+    network: NetworkName
+    networks: Path
+    output: Path
+    seeds: tuple[int, ...] = (0, 1, 2)
+    draws: int = 64
+    prior: Literal["isotropic", "layerwise", "gprior"] = "gprior"
+    num_train: int | None = None
+    num_validation: int = 2000
+    num_test: int = 8000
+    data_dir: Path | None = None
+    cache: Path | None = None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the study from the command line.
+
+    Returns
+    -------
+    int
+        0, or 2 when something was refused.
+    """
+    import tyro
+
+    options = tyro.cli(Uncertainty, args=argv)
+    try:
+        results = list(study(options))
+    except PushforwardError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    table = _table(results)
+    (options.output / f"{options.network}.md").write_text(table, encoding="utf-8")
+    print(table)
+    return 0
+
+
+def study(options: Uncertainty) -> Iterator[dict[str, Any]]:
+    """Results of one seed after the other.
+
+    Yields
+    ------
+    dict
+        Settings, scores by method, the posterior's own numbers.
+    """
+    options.output.mkdir(parents=True, exist_ok=True)
+    name = DATA[options.network]
+    cache = options.cache or options.networks / "cache"
+    shifted = _shifts(options, name, cache)
+    for seed in options.seeds:
+        path = options.output / f"{options.network}-{seed}.json"
+        if path.exists():
+            yield json.loads(path.read_text(encoding="utf-8"))
+            continue
+        result = _one_seed(options, seed, shifted, cache)
+        path.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        print(f"seed {seed}: {path}", flush=True)
+        yield result
+
+
+@dataclass(frozen=True)
+class _Shifted:
+    """Standardised test images, as they are, shifted, and from elsewhere."""
+
+    labels: Tensor
+    clean: Tensor
+    validation: tuple[Tensor, Tensor]
+    shifts: dict[str, Tensor]
+    elsewhere: dict[str, Tensor]
+
+
+def _shifts(options: Uncertainty, name: DataName, cache: Path) -> _Shifted:
+    test = load_images(name, "test", options.data_dir, cache=cache)
+    images, first = unit_images(test.pixels), options.num_validation
+    kept = slice(first, first + options.num_test)
+    shifts: dict[str, Tensor] = {}
+    if name == "mnist":
+        for angle in _ANGLES:
+            shifts[f"rotation {angle}"] = rotate(images[kept], angle)
+    else:
+        for kind in CORRUPTIONS:
+            for severity in (1, 3, 5):
+                shifts[f"{kind} {severity}"] = corrupt(images[kept], kind, severity)
+    elsewhere = out_of_distribution(name, options.data_dir, cache=cache)
+    return _Shifted(
+        test.labels[kept],
+        standardise(images[kept], name),
+        (standardise(images[:first], name), test.labels[:first]),
+        {key: standardise(value, name) for key, value in shifts.items()},
+        {key: standardise(value[kept], name) for key, value in elsewhere.items()},
+    )
+
+
+def _one_seed(options: Uncertainty, seed: int, shifted: _Shifted, cache: Path) -> dict[str, Any]:
+    net, summary = load_trained(options.networks, options.network, seed)
+    train = training_images(summary, options.data_dir, cache=cache)
+    if options.num_train is not None:
+        train = train.slice(0, options.num_train)
+    data = (train.inputs(), train.labels)
+    began = perf_counter()
+    head = pf.laplace(net, data, pf.Categorical(), subset=_last_layer(net), prior=options.prior)
+    head_seconds = perf_counter() - began
+    folder = options.output / f"{options.network}-{seed}-run"
+    posterior = pf.laplace(
+        net,
+        data,
+        pf.Categorical(),
+        method="sampled",
+        prior=options.prior,
+        num_draws=options.draws,
+        seed=seed,
+        checkpoint=folder,
+    )
+    posterior.save(options.output / f"{options.network}-{seed}-posterior.safetensors")
+    with torch.no_grad():
+        temperature = fit_temperature(_logits(net, shifted.validation[0]), shifted.validation[1])
+    tempered = posterior.fit_temperature(shifted.validation)
+    methods: dict[str, Predict] = {
+        "MAP": lambda x: _logits(net, x).softmax(-1),
+        "MAP, temperature": lambda x: (_logits(net, x) / temperature).softmax(-1),
+        "last layer, probit": lambda x: _laplace(head, x, "probit"),
+        "all layers, probit": lambda x: _laplace(posterior, x, "probit"),
+        "all layers, Monte Carlo": lambda x: _laplace(posterior, x, "monte_carlo"),
+        "all layers, tempered": lambda x: _laplace(tempered, x, "monte_carlo"),
+    }
+    return {
+        "network": options.network,
+        "seed": seed,
+        "train_images": len(train),
+        "draws": options.draws,
+        "prior": options.prior,
+        "temperature of MAP": temperature,
+        "temperature of the posterior": tempered.temperature,
+        "prior precision": posterior.prior_precision,
+        "effective dimension": float(posterior.effective_dimension),
+        "effective dimension, error": float(posterior.effective_dimension.standard_error),
+        "seconds": posterior.cost.seconds,
+        "seconds, last layer": head_seconds,
+        "passes with one vector": posterior.cost.evaluations / len(train),
+        "checks": [str(check) for check in posterior.checks],
+        "scores": {name: _scores(predict, shifted) for name, predict in methods.items()},
+    }
+
+
+def _last_layer(net: nn.Module) -> str:
+    return [name for name, module in net.named_modules() if isinstance(module, nn.Linear)][-1]
+
+
+@torch.no_grad()
+def _logits(net: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([net(batch) for batch in images.split(_BATCH)])
+
+
+def _laplace(
+    posterior: pf.LaplacePosterior, images: Tensor, link: Literal["probit", "monte_carlo"]
+) -> Tensor:
+    probabilities = posterior.predict(images, link=link).probabilities
+    assert probabilities is not None
+    return probabilities
+
+
+def _scores(predict: Predict, shifted: _Shifted) -> dict[str, float]:
+    inside = predict(shifted.clean)
+    scores = {
+        "accuracy": float(accuracy(inside, shifted.labels)),
+        "NLL": float(negative_log_likelihood(inside, shifted.labels)),
+        "ECE": float(expected_calibration_error(inside, shifted.labels)),
+    }
+    for name, images in shifted.shifts.items():
+        scores[f"NLL, {name}"] = float(negative_log_likelihood(predict(images), shifted.labels))
+    for name, images in shifted.elsewhere.items():
+        scores[f"AUROC, {name}"] = float(auroc(_entropy(predict(images)), _entropy(inside)))
+    return scores
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    return -torch.special.xlogy(probabilities, probabilities).sum(-1)
+
+
+def _table(results: Sequence[dict[str, Any]]) -> str:
+    first = results[0]
+    methods, columns = list(first["scores"]), list(first["scores"]["MAP"])
+    lines = [
+        f"# {first['network']}: {len(results)} seeds, {first['train_images']:,} training images, "
+        f"{first['draws']} draws, {first['prior']} prior",
+        "",
+        "Means over seeds, and the standard deviation over seeds where there are several.",
+        "",
+        "| | " + " | ".join(methods) + " |",
+        "|---|" + "---:|" * len(methods),
+    ]
+    for column in columns:
+        cells = []
+        for method in methods:
+            values = [result["scores"][method][column] for result in results]
+            spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.4g}{spread}")
+        lines.append(f"| {column} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| seed | effective dimension | prior precision | time | passes with one vector |",
+    ]
+    lines.append("|---|---:|---:|---:|---:|")
+    for result in results:
+        precision = result["prior precision"]
+        shown = f"{precision:.4g}" if isinstance(precision, float) else json.dumps(precision)
+        lines.append(
+            f"| {result['seed']} | {result['effective dimension']:.5g} ± "
+            f"{result['effective dimension, error']:.2g} | {shown} | {result['seconds']:.0f} s | "
+            f"{result['passes with one vector']:.0f} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
