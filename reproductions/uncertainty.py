@@ -124,12 +124,13 @@ def study(options: Uncertainty) -> Iterator[dict[str, Any]]:
     options.output.mkdir(parents=True, exist_ok=True)
     name = DATA[options.network]
     cache = options.cache or options.networks / "cache"
-    shifted = _shifts(options, name, cache)
+    shifted: _Shifted | None = None
     for seed in options.seeds:
         path = options.output / f"{options.network}-{seed}.json"
         if path.exists():
             yield json.loads(path.read_text(encoding="utf-8"))
             continue
+        shifted = shifted or _shifts(options, name, cache)
         result = _one_seed(options, seed, shifted, cache)
         path.write_text(json.dumps(result, indent=1), encoding="utf-8")
         print(f"seed {seed}: {path}", flush=True)

@@ -343,9 +343,11 @@ def test_uncertainty_of_a_tiny_run(script, folder, tmp_path):
     assert study.main(call) == 0
     stored = study.Uncertainty("lenet", networks, output, (0,), data_dir=folder)
     (result,) = study.study(stored)  # reads what was written
-    assert result["train_images"] == 24 and result["draws"] == 2
+    assert result["train_images"] == 24
+    assert result["draws"] == 2
     for scores in result["scores"].values():
-        assert 0 <= scores["accuracy"] <= 1 and scores["NLL"] > 0
+        assert 0 <= scores["accuracy"] <= 1
+        assert scores["NLL"] > 0
         assert 0 <= scores["AUROC, permuted_pixels"] <= 1
     table = (output / "lenet.md").read_text()
     assert all(f" {name} |" in table for name in result["scores"])
