@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pushforward.errors import ResourceError
+from pushforward.errors import OptionError, ResourceError
 from pushforward.linearised_laplace.linear_model import LinearModel
 from pushforward.linearised_laplace.priors import Prior
 from pushforward.runs.rng import stream
@@ -271,7 +271,7 @@ class Factor:
         if self.curvature is not None:
             matrix = weight * self.curvature
             matrix.diagonal().add_(prior.diagonal())
-            return PrimalFactor(prior, torch.linalg.cholesky(matrix))
+            return PrimalFactor(prior, _cholesky(matrix))
         assert self.rows is not None
         rows = self.rows if weight == 1 else self.rows * weight**0.5
         if prior.kind == "layerwise":
@@ -279,7 +279,7 @@ class Factor:
         else:
             matrix = self._gram * (weight / float(prior.precision[0]))
         matrix.diagonal().add_(1)
-        return DualFactor(prior, rows, torch.linalg.cholesky(matrix))
+        return DualFactor(prior, rows, _cholesky(matrix))
 
     @cached_property
     def _gram(self) -> Float[Tensor, "R R"]:
@@ -333,6 +333,17 @@ def dual_factor(linear: LinearModel) -> Factor:
             advice="Run it in one process, or use method='sampled'.",
         )
     return Factor(None, torch.cat(list(_weighted_rows(linear))))
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed):
+        raise OptionError(
+            "the posterior precision is not positive definite in float64",
+            where="prior_precision",
+            advice="Give a larger precision: this one is lost in the rounding of the curvature.",
+        )
+    return factor
 
 
 def _noise(count: int, size: int, seed: int, name: str, device: torch.device) -> Tensor:

@@ -14,13 +14,14 @@ from pushforward.linearised_laplace.exact import DualFactor, Factor, PrimalFacto
 from pushforward.linearised_laplace.linear_model import LinearModel
 from pushforward.linearised_laplace.mode import find_mode
 from pushforward.linearised_laplace.priors import Prior
-from pushforward.linearised_laplace.sampled import Round, current_likelihood
+from pushforward.linearised_laplace.sampled import SMALLEST_NOISE, Round, current_likelihood
 
 __all__ = ["ExactFit", "fit_exactly"]
 
 _CONVERGED = {torch.float64: 1e-8}  # change of the log precision, by the network's dtype
 _MODE_TOLERANCE = {torch.float64: 1e-14}  # nats
-_LOOSELY = 1e-6  # either, in lower precision
+_LOOSELY = 1e-5  # of the log precision, in lower precision,
+_LOOSE_MODE = 1e-4  # and of the mode: rounding in a sum over many examples is not far below
 _NOTHING = 1e-2  # directions
 _FARTHEST = 7.0  # step of the log precision
 
@@ -92,6 +93,7 @@ def fit_exactly(
     """
     rounds: list[Round] = []
     prior, settled = linear.prior, False
+    start = 0.0 if noise is None else noise
     dtype, before = linear.model.dtype, None
     mode = prior.coordinates(linear.model.vector)
     while True:
@@ -101,10 +103,11 @@ def fit_exactly(
         weight = 1.0 if noise is None else 1 / noise
         posterior = factor.factorise(prior, weight)
         found = find_mode(
-            here, mode, posterior.solve, tolerance=_MODE_TOLERANCE.get(dtype, _LOOSELY)
+            here, mode, posterior.solve, tolerance=_MODE_TOLERANCE.get(dtype, _LOOSE_MODE)
         )
         mode = found.point
-        gammas = posterior.group_dimensions()
+        # Rounding makes the nothing that data say about a dead layer negative.
+        gammas = posterior.group_dimensions().clamp(min=1e-300)
         norms = prior.group_sums(mode.double().square())
         evidence = -found.loss - 0.5 * float((prior.precision * norms).sum())
         evidence -= 0.5 * posterior.log_determinant_ratio
@@ -133,7 +136,8 @@ def fit_exactly(
         if noise is not None:
             count = len(linear.examples) * linear.num_outputs
             residual = float(here.squared_residuals(mode))
-            updated_noise = max(residual / max(count - float(gammas.sum()), 1e-6), 1e-300)
+            smallest = SMALLEST_NOISE * start
+            updated_noise = max(residual / max(count - float(gammas.sum()), 1e-6), smallest)
             moved = max(moved, abs(log(updated_noise / noise)))
             noise = updated_noise
         settled = moved < _CONVERGED.get(dtype, _LOOSELY)

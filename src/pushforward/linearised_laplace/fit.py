@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pushforward.errors import OptionError
+from pushforward.errors import DataError, NetworkError, OptionError
 from pushforward.linalg.lanczos import quadratic_forms
 from pushforward.linearised_laplace.exact import dual_factor, primal_factor
 from pushforward.linearised_laplace.exact_fit import fit_exactly
@@ -29,7 +29,12 @@ from pushforward.linearised_laplace.plan import (
 from pushforward.linearised_laplace.posterior import LaplacePosterior
 from pushforward.linearised_laplace.priors import Prior
 from pushforward.linearised_laplace.resumable import run
-from pushforward.linearised_laplace.sampled import SampledState, SampledTask, current_likelihood
+from pushforward.linearised_laplace.sampled import (
+    SMALLEST_NOISE,
+    SampledState,
+    SampledTask,
+    current_likelihood,
+)
 from pushforward.networks.data import Examples
 from pushforward.networks.likelihoods import Gaussian, Likelihood
 from pushforward.networks.model import FunctionalModel
@@ -145,7 +150,8 @@ def laplace(
     OptionError
         For an option out of range, or when `subset` matches nothing.
     NetworkError
-        For a network in training mode or with weights that are not finite.
+        For a network in training mode, in half precision, with weights that are not finite, or that
+        cannot take the inputs.
     DataError
         For data that are empty, shuffled, augmented, not finite, or targets out of range.
     ShapeError
@@ -252,6 +258,12 @@ def _read_problem(
             advice="Choose 'affine' or 'linear'.",
         )
     model = FunctionalModel.of(net, subset)
+    if model.dtype not in (torch.float32, torch.float64):
+        raise NetworkError(
+            f"its parameters are {model.dtype}, too coarse to solve linear systems in",
+            where=model.name,
+            advice="Use net.float(), and inputs of that type.",
+        )
     start = 1.0 if precision is None else precision
     weights = Prior.start(kind, model.space, start, model.device)
     examples = Examples.read(data, device=model.device)
@@ -281,11 +293,30 @@ def _grid(data_shards: int | None) -> ProcessGrid:
 
 
 def _starting_noise(linear: LinearModel) -> float:
-    """The network's own mean squared error: too small when it overfits, which learning corrects."""
+    """The network's own mean squared error: too small when it overfits, which learning corrects.
+
+    Returns
+    -------
+    float
+        In squared units of the targets.
+
+    Raises
+    ------
+    DataError
+        When there is no error.
+    """
     at_trained = replace(linear, offset="affine")
     count = len(linear.examples) * linear.num_outputs
-    total = float(at_trained.squared_residuals(linear.prior.coordinates(linear.model.vector)))
-    return max(total / count, 1e-12)
+    noise = float(at_trained.squared_residuals(linear.model.vector)) / count
+    zero = torch.zeros_like(linear.model.vector)
+    power = float(replace(linear, offset="linear").squared_residuals(zero)) / count
+    if noise <= (16 * torch.finfo(linear.model.dtype).eps) ** 2 * power:
+        raise DataError(
+            "the network's outputs equal the targets up to rounding: there is no noise to learn",
+            where=linear.examples.name,
+            advice="Give the noise: pf.Gaussian(noise_variance=...).",
+        )
+    return noise
 
 
 def _check_counts(num_draws: int, block: int, tolerance: float) -> None:
@@ -294,7 +325,7 @@ def _check_counts(num_draws: int, block: int, tolerance: float) -> None:
             raise OptionError(
                 f"{value!r} is no number of draws", where=name, advice="Give a positive integer."
             )
-    if not 0 < tolerance < 1:
+    if not isinstance(tolerance, float | int) or not 0 < tolerance < 1:
         raise OptionError(
             f"{tolerance!r} is no relative error",
             where="tolerance",
@@ -324,7 +355,10 @@ def _exact(
         )
     layers = fit.factor.effective_dimensions()
     cost = Cost(0.0, perf_counter() - began)
-    checks = _prior_checks(fit.prior, layers, fit.settled or not fit.rounds)
+    checks = (
+        *_prior_checks(fit.prior, layers, fit.settled or not fit.rounds),
+        *_noise_checks(problem.noise, fit.noise_variance),
+    )
     return LaplacePosterior(
         likelihood=current_likelihood(linear.likelihood, fit.noise_variance),
         method="exact",
@@ -398,14 +432,22 @@ def _assembled(
     gammas, errors = grid.gather_draws(state.gammas), grid.gather_draws(state.errors)
     cost = Cost(0.0, seconds, round(state.work * len(linear.examples)))
     unsolved = float(errors.mean())
+    totals = gammas.sum(1)
+    # Draws that rounding has kept from their solution can hide behind the solver's own estimate.
+    most = linear.most_dimensions + 4 * float(_error(totals, 0.0))
+    solved = unsolved <= 1.01 * task.tolerance**2 and float(totals.mean()) <= most
     checks = (
         *_prior_checks(state.prior, gammas.mean(0), state.settled),
+        *_noise_checks(problem.noise, state.noise_variance),
         Check(
             "draws-solved",
-            "pass" if unsolved <= 1.01 * task.tolerance**2 else "warn",
-            f"their error is {unsolved**0.5:.2g} of their spread over the training outputs",
+            "pass" if solved else "warn",
+            f"their error is {unsolved**0.5:.2g} of their spread over the training outputs"
+            if float(totals.mean()) <= most
+            else f"their effective dimension {float(totals.mean()):.3g} exceeds the "
+            f"{linear.most_dimensions:,} that are possible",
             ""
-            if unsolved <= 1.01 * task.tolerance**2
+            if solved
             else "Their variances are too large where the data decide. Use float64, a larger "
             "prior precision, or more steps.",
         ),
@@ -418,7 +460,6 @@ def _assembled(
         ),
     )
     method = f"{len(draws)} posterior draws"
-    totals = gammas.sum(1)
     return LaplacePosterior(
         likelihood=current_likelihood(linear.likelihood, state.noise_variance),
         method="sampled",
@@ -475,8 +516,27 @@ def _prior_checks(
             f"the data determine less than half a direction of {', '.join(pruned)}"
             if pruned
             else "the data determine directions in every group of weights",
-            "The prior has switched these weights off. Give a precision, or use prior='gprior'."
+            "The prior has switched these weights off. Give a smaller precision"
+            + ("." if prior.kind == "gprior" else ", or use prior='gprior'.")
             if pruned
+            else "",
+        ),
+    )
+
+
+def _noise_checks(start: float | None, learned: float | None) -> tuple[Check, ...]:
+    if start is None or learned is None:
+        return ()
+    vanished = learned <= 2 * SMALLEST_NOISE * start
+    return (
+        Check(
+            "noise-not-vanished",
+            "warn" if vanished else "pass",
+            "the linear model fits the targets exactly: its noise fell to nothing"
+            if vanished
+            else "the targets keep some noise",
+            "Variances are far too small. Give pf.Gaussian(noise_variance=...), or more data."
+            if vanished
             else "",
         ),
     )

@@ -115,6 +115,11 @@ class LinearModel:
         """Scalar outputs of one example: ``C``."""
         return int(torch.Size(self.event_shape).numel())
 
+    @property
+    def most_dimensions(self) -> int:
+        """What no effective dimension can exceed: the smaller side of the Jacobian."""
+        return min(self.model.space.size, len(self.examples) * self.num_outputs)
+
     @cached_property
     def activation_bytes(self) -> int:
         """Memory that one example takes on its way through the network."""

@@ -157,7 +157,7 @@ class LaplacePosterior:
         OptionError
             When it is not positive and finite.
         """
-        if not 0 < temperature < float("inf"):
+        if not isinstance(temperature, float | int) or not 0 < temperature < float("inf"):
             raise OptionError(
                 f"{temperature!r} is no temperature",
                 where="temperature",
@@ -271,7 +271,8 @@ class LaplacePosterior:
         Parameters
         ----------
         x
-            Inputs: a tensor, a tuple or dict of tensors, or a loader; targets in it are ignored.
+            Inputs: a tensor, a dict of tensors, or a loader. The last of a tuple of several is
+            taken for the targets and ignored: several inputs without targets are a dict.
         link
             How uncertainty enters expected targets. ``"probit"``: in closed form from the variances
             (exact for Gaussian and Poisson likelihoods, else MacKay's approximation).
@@ -455,28 +456,17 @@ class LaplacePosterior:
 
     def _batch_size(self, examples: Examples) -> int:
         probe = examples.select(torch.tensor([0]))
+        outputs = self.model.predict(probe.inputs).numel()
         room = _WORKSPACE // activation_bytes(self.model, probe)
         if self._factor is not None:
-            outputs = self.model.predict(probe.inputs).numel()
             room = min(room, _WORKSPACE // (8 * outputs * self.prior.space.size))
         # The moved outputs of all draws are held at once.
-        room = min(room, 8 * _WORKSPACE // (4 * self.num_draws * probe_outputs(self.model, probe)))
+        room = min(room, 8 * _WORKSPACE // (4 * self.num_draws * outputs))
         return int(max(1, min(1024, room // 2)))
 
 
 _WORKSPACE = 2**26
 _DRAWS_AT_ONCE = 8
-
-
-def probe_outputs(model: FunctionalModel, batch: Batch) -> int:
-    """Scalar outputs of one example.
-
-    Returns
-    -------
-    int
-        ``C``.
-    """
-    return model.predict(batch.inputs)[0].numel()
 
 
 def check_link(link: str) -> None:

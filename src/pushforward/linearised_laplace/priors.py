@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -50,7 +50,7 @@ class Prior:
         cls,
         kind: str,
         space: ParameterSpace,
-        precision: float | Mapping[str, float] | Tensor,
+        precision: float | Mapping[str, float] | Sequence[float] | Tensor,
         device: torch.device,
     ) -> Prior:
         """A prior with given precisions.
@@ -90,8 +90,15 @@ class Prior:
                     where="prior_precision",
                     advice=f"Give one number for each of {', '.join(layers)}.",
                 )
-            precision = torch.tensor([float(precision[name]) for name in layers])
-        values = torch.as_tensor(precision, dtype=torch.float64, device=device).reshape(-1)
+            precision = [precision[name] for name in layers]
+        try:
+            values = torch.as_tensor(precision, dtype=torch.float64, device=device).reshape(-1)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise OptionError(
+                f"{precision!r} is no precision",
+                where="prior_precision",
+                advice="Give a positive number, one for each layer, or None to have it learned.",
+            ) from error
         if len(values) not in (1, len(layers)):
             raise OptionError(
                 f"{len(values)} precisions for {len(layers)} groups of parameters",

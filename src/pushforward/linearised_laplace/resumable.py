@@ -45,7 +45,9 @@ def run(
     state = SampledState("sketch", prior, noise)
     if checkpoint is not None:
         saved = checkpoint.load(task.linear.model.device)
-        if saved is not None:
+        if saved is None:
+            _save(task, checkpoint, state)  # a folder that cannot be written to is told of now
+        else:
             state = _from_file(prior, *saved)
     saved_at = monotonic()
     try:

@@ -25,6 +25,7 @@ from pushforward.networks.likelihoods import Gaussian, Likelihood
 from pushforward.runs.rng import stream
 
 __all__ = [
+    "SMALLEST_NOISE",
     "Round",
     "SampledState",
     "SampledTask",
@@ -40,6 +41,8 @@ _EM_TOLERANCE = 0.2
 _LARGEST_STEP = 2.3  # of the log precision: a factor of ten
 _SETTLED = 0.05
 _FIRST_RELAXATION = 0.6
+SMALLEST_NOISE = 1e-10
+"""Of the first guess: below it, the linear model fits the targets exactly."""
 
 
 @dataclass(frozen=True)
@@ -279,7 +282,7 @@ def _learn(task: SampledTask, state: SampledState) -> SampledState:
     assert state.iterate is not None
     assert state.mode is not None
     gammas = effective_dimensions(linear, state.iterate, right)
-    if not _solved(state.iterate, gammas, _EM_TOLERANCE, task.max_steps):
+    if not _solved(linear, state.iterate, gammas, _EM_TOLERANCE, task.max_steps):
         return state
     energy = float((linear.prior.diagonal() * state.mode.double().square()).sum())
     found = find_mode(
@@ -319,7 +322,9 @@ def _updated(
         before = noise
         count = len(linear.examples) * linear.num_outputs
         residual = float(linear.squared_residuals(state.mode))
-        noise = max(residual / max(count - float(gamma.sum()), 1.0), 1e-12)
+        first = state.rounds[0].noise_variance if state.rounds else before
+        assert first is not None
+        noise = max(residual / max(count - float(gamma.sum()), 1.0), SMALLEST_NOISE * first)
         moved = max(moved, abs(float(torch.tensor(noise / before).log())))
     relative = float(error.square().sum().sqrt() / gamma.sum())
     rounds = (*state.rounds, record)
@@ -377,9 +382,9 @@ def _final(task: SampledTask, state: SampledState) -> SampledState:
     iterate = state.iterate
     assert iterate is not None
     gammas = effective_dimensions(linear, iterate, right)
-    if not _solved(iterate, gammas, task.tolerance, task.max_steps):
+    if not _solved(linear, iterate, gammas, task.tolerance, task.max_steps):
         return state
-    errors = iterate.squared_error / gammas.sum(1).mean()
+    errors = iterate.squared_error / _spread(linear, gammas)
     return replace(
         state,
         draws=_joined(state.draws, iterate.solution),
@@ -509,11 +514,17 @@ def _weight(noise_variance: float | None) -> float:
     return 1.0 if noise_variance is None else 1 / noise_variance
 
 
-def _solved(iterate: BlockIterate, gammas: Tensor, tolerance: float, max_steps: int) -> bool:
+def _solved(
+    linear: LinearModel, iterate: BlockIterate, gammas: Tensor, tolerance: float, max_steps: int
+) -> bool:
     if iterate.steps >= max_steps:
         return True
-    wanted = tolerance**2 * gammas.sum(1).mean().clamp(min=1e-12)
-    return bool(iterate.squared_error.mean() <= wanted)
+    return bool(iterate.squared_error.mean() <= tolerance**2 * _spread(linear, gammas))
+
+
+def _spread(linear: LinearModel, gammas: Tensor) -> Tensor:
+    """The effective dimension against which errors are held; unsolved draws overstate it."""
+    return gammas.sum(1).mean().clamp(1e-12, linear.most_dimensions)
 
 
 def _mean_and_error(gammas: Tensor) -> tuple[Tensor, Tensor]:

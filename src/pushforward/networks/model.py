@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pushforward.errors import NetworkError, OptionError, ShapeError
+from pushforward.errors import NetworkError, OptionError, PushforwardError, ShapeError
 from pushforward.networks.parameters import ParameterSpace, match_names
 from pushforward.typing import Params
 
@@ -98,15 +98,23 @@ class FunctionalModel:
         Raises
         ------
         NetworkError
-            In training mode, for weights that are not finite, or when nothing is left.
+            For what is no module, in training mode, with normalisation by the batch, or for
+            weights that are not finite.
         OptionError
-            When a pattern matches nothing.
+            When a pattern matches nothing, or nothing is left.
         """
         if isinstance(net, FunctionalModel):
             if subset is None:
                 return net
             chosen = match_names(tuple(net.parameters), subset)
             return _restricted(net, chosen)
+        if not isinstance(net, nn.Module):
+            raise NetworkError(
+                f"got {type(net).__name__}",
+                where="net",
+                advice="Pass a torch.nn.Module; wrap a function of parameters and inputs as "
+                "pf.FunctionalModel(function, parameters).",
+            )
         _require_evaluation_mode(net)
         everything = dict(net.named_parameters())
         norm = _normalisation_parameters(net)
@@ -178,8 +186,27 @@ class FunctionalModel:
         -------
         Tensor
             ``(B, *event)``.
+
+        Raises
+        ------
+        NetworkError
+            When the network cannot take these inputs.
         """
-        return self(self.parameters, inputs)
+        try:
+            return self(self.parameters, inputs)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise self._explained(error, inputs) from error
+
+    def _explained(self, error: Exception, inputs: Inputs) -> Exception:
+        if isinstance(error, torch.OutOfMemoryError | PushforwardError):
+            return error
+        # Other dtypes and shapes than in training are most of what goes wrong.
+        return NetworkError(
+            f"it cannot take inputs of {_described(inputs)}: {error}",
+            where=self.name,
+            advice=f"Bring floating-point inputs to {self.dtype}, the type of the parameters, "
+            "and to the shape that the network expects behind the axis of the examples.",
+        )
 
     def fingerprint(self) -> str:
         """A short hash of names, shapes and values of all parameters and buffers.
@@ -206,6 +233,13 @@ def _restricted(model: FunctionalModel, chosen: tuple[str, ...]) -> FunctionalMo
         {**model.left_out, **dict.fromkeys(frozen, "not in subset")},
         {**model.frozen, **frozen},
     )
+
+
+def _described(inputs: Inputs) -> str:
+    if isinstance(inputs, Tensor):
+        return f"{inputs.dtype} {tuple(inputs.shape)}"
+    items = inputs.values() if isinstance(inputs, Mapping) else inputs
+    return ", ".join(map(_described, items))
 
 
 def _as_arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -245,6 +279,13 @@ def _require_evaluation_mode(net: nn.Module) -> None:
                 f"{type(module).__name__} is in training mode",
                 where=f"module {name or type(net).__name__}",
                 advice="Call net.eval() first: the outputs must not depend on chance or the batch.",
+            )
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise NetworkError(
+                f"{type(module).__name__} normalises by the batch even in evaluation mode",
+                where=f"module {name or type(net).__name__}",
+                advice="Train it with track_running_stats=True: the output of an example must not "
+                "depend on the others of its batch.",
             )
 
 

@@ -49,7 +49,7 @@ class Cost:
     Parameters
     ----------
     flops
-        Floating-point operations, a multiply-add counted as two.
+        Floating-point operations, a multiply-add counted as two; 0 when they were not counted.
     seconds
         Wall-clock time.
     evaluations
@@ -62,7 +62,8 @@ class Cost:
 
     def __str__(self) -> str:
         passes = f", {self.evaluations:,} forward passes" if self.evaluations else ""
-        return f"{self.flops:.3g} FLOPs, {self.seconds:.3g} s{passes}"
+        counted = f"{self.flops:.3g} FLOPs, " if self.flops else ""
+        return f"{counted}{self.seconds:.3g} s{passes}"
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,13 @@ def save_tensors(
     Raises
     ------
     OptionError
-        If `metadata` hold something that JSON cannot, or the folder cannot be made.
+        If `metadata` hold something that JSON cannot, the folder cannot be made, or `path` is one.
     """
     path = Path(path)
+    if path.is_dir():
+        raise OptionError(
+            "it is a folder", where=str(path), advice="Give the name of a file, in it say."
+        )
     header = {
         "schema": schema,
         "version": str(version),
