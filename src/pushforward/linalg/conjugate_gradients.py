@@ -35,6 +35,7 @@ Improvement: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 _DEPENDENT = 1e-6  # directions below this share of the largest add nothing but rounding
 _WINDOW = 3  # steps over which the rate of convergence is taken
 _SLOWEST = 0.97
+_UNSURE = 0.5  # the pace that is assumed after two steps, at best
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,13 +79,11 @@ class BlockIterate:
         """
         if self.steps == 0:
             return torch.full_like(self.residual[:, 0], torch.inf, dtype=torch.float64)
+        latest = _extrapolated(self.decrements)
         if self.steps == 1:
-            return self.decrements[0] * _SLOWEST / (1 - _SLOWEST)
-        window = min(_WINDOW, self.steps - 1)
-        last, before = self.decrements[-1], self.decrements[-1 - window]
-        ratio = (last.sum() / before.sum().clamp(min=1e-300)) ** (1 / window)
-        ratio = ratio.clamp(max=_SLOWEST)
-        return last * ratio / (1 - ratio)
+            return latest
+        # A single small gain may be an accident: the estimate falls no faster than by half a step.
+        return torch.maximum(latest, 0.5 * _extrapolated(self.decrements[:-1]))
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The same as tensors by name, for a file.
@@ -245,6 +244,26 @@ def solve(
 
 def _unchanged(rows: Tensor) -> Tensor:
     return rows
+
+
+def _extrapolated(decrements: Float[Tensor, "steps K"]) -> Float[Tensor, " K"]:
+    """The sum of all further gains, when they fall as those of the last few steps did.
+
+    Returns
+    -------
+    Tensor
+        ``(K,)``.
+    """
+    # The first step finds what all unimportant directions have in common; it says nothing of pace.
+    gains = decrements[1:].sum(1)
+    ratio = decrements.new_tensor(_SLOWEST)
+    if len(gains) > 1:
+        window = min(_WINDOW, len(gains) - 1)
+        ratio = (gains[-1] / gains[-1 - window].clamp(min=1e-300)) ** (1 / window)
+    elif len(gains) == 1:
+        ratio = (gains[0] / decrements[0].sum().clamp(min=1e-300)).clamp(min=_UNSURE)
+    ratio = ratio.clamp(max=_SLOWEST)
+    return decrements[-1] * ratio / (1 - ratio)
 
 
 def orthonormalise(energies: Float[Tensor, "K K"]) -> Float[Tensor, "K k"]:
