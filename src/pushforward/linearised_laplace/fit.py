@@ -257,6 +257,12 @@ def _read_problem(
             where="offset",
             advice="Choose 'affine' or 'linear'.",
         )
+    if workspace is not None and (not isinstance(workspace, int) or workspace < 1):
+        raise OptionError(
+            f"{workspace!r} is no number of bytes",
+            where="workspace",
+            advice="Give a positive integer, or None.",
+        )
     model = FunctionalModel.of(net, subset)
     if model.dtype not in (torch.float32, torch.float64):
         raise NetworkError(
@@ -344,7 +350,9 @@ def _exact(
         factor = primal_factor(counted) if use_weights(linear) else dual_factor(counted)
     prior = linear.prior.with_scale(factor.diagonal)
     scaled = factor.rescaled(prior.scale)
-    linear = linear.with_prior(_starting_prior(prior, linear, problem.learn_prior))
+    if problem.learn_prior:
+        prior = prior.matched_to(linear.model.vector)
+    linear = linear.with_prior(prior)
     with track(None, "Learning prior and noise", enabled=progress) as advance:
         fit = fit_exactly(
             linear,
@@ -380,14 +388,6 @@ def _exact(
         mode=fit.prior.scaled(fit.mode),
         _factor=fit.factor,
     )
-
-
-def _starting_prior(prior: Prior, linear: LinearModel, learn: bool) -> Prior:
-    """Precisions at which the trained weights would be ordinary draws, when they are learned."""
-    if not learn:
-        return prior
-    norms = prior.group_sums(prior.coordinates(linear.model.vector).double().square())
-    return prior.with_precision(prior.sizes / norms.clamp(min=1e-12))
 
 
 def _sampled(

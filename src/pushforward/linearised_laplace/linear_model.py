@@ -182,7 +182,7 @@ class LinearModel:
 
     def product_at(
         self,
-        outputs: Callable[[Batch], Float[Tensor, B * event]],
+        outputs: Callable[[Batch], Float[Tensor, "B *event"]],
         vectors: Float[Tensor, "K P"],
         stride: int = 1,
     ) -> Float[Tensor, "K P"]:

@@ -132,7 +132,7 @@ def _newton_direction(
     tolerance: float,
     stride: int,
 ) -> tuple[Tensor, float, int]:
-    """The solution of Newton's system, to a tenth of what it gains.
+    """The solution of Newton's system, to a twentieth of what it gains.
 
     Returns
     -------

@@ -36,6 +36,8 @@ __all__ = ["LaplacePosterior", "Link", "Prediction"]
 Link = Literal["probit", "monte_carlo"]
 
 _LINKS = ("probit", "monte_carlo")
+_WORKSPACE = 2**26  # bytes of activations, or of a Jacobian
+_DRAWS_AT_ONCE = 8
 _HIDDEN: dict[str, Any] = {"json": False}
 
 
@@ -463,10 +465,6 @@ class LaplacePosterior:
         # The moved outputs of all draws are held at once.
         room = min(room, 8 * _WORKSPACE // (4 * self.num_draws * outputs))
         return int(max(1, min(1024, room // 2)))
-
-
-_WORKSPACE = 2**26
-_DRAWS_AT_ONCE = 8
 
 
 def check_link(link: str) -> None:

@@ -37,12 +37,12 @@ class Prediction:
         Whether `expected` holds probabilities.
     """
 
-    mean: Float[Tensor, B * event]
-    epistemic_variance: Float[Tensor, B * event]
+    mean: Float[Tensor, "B *event"]
+    epistemic_variance: Float[Tensor, "B *event"]
     noise_variance: Tensor | None
-    expected: Float[Tensor, B * event]
-    map_expected: Float[Tensor, B * event]
-    standard_error: Float[Tensor, B * event]
+    expected: Float[Tensor, "B *event"]
+    map_expected: Float[Tensor, "B *event"]
+    standard_error: Float[Tensor, "B *event"]
     are_probabilities: bool = False
 
     @property

@@ -237,6 +237,25 @@ class Prior:
         kept = precision.to(torch.float64).clamp(1 / _LARGEST_PRECISION, _LARGEST_PRECISION)
         return replace(self, precision=kept)
 
+    def matched_to(self, weights: Float[Tensor, " P"]) -> Prior:
+        """With the precisions at which some weights would be an ordinary draw: where to begin.
+
+        Too small rather than too large ones, since unimportant weights are small only because they
+        were regularised.
+
+        Parameters
+        ----------
+        weights
+            ``(P,)``, the trained ones.
+
+        Returns
+        -------
+        Prior
+            In the same coordinates.
+        """
+        norms = self.group_sums(self.coordinates(weights).double().square())
+        return self.with_precision(self.sizes / norms.clamp(min=1e-12))
+
     def to_config(self) -> dict[str, Any]:
         """For a file.
 

@@ -10,6 +10,7 @@ system ``H w = sqrt(A) e0 + sketch`` whose noise is drawn once (arXiv 2210.04994
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import log
 from typing import Literal
 
 import torch
@@ -253,17 +254,14 @@ def _first_sketch(task: SampledTask, state: SampledState) -> SampledState:
     draws = range(min(task.em_draws, task.num_draws)) if learning else task.blocks[0]
     sketch = _unit(task, state).sketch(draws, task.seed)
     prior = state.prior.with_scale(sketch.diagonal)
-    mode = prior.coordinates(task.linear.model.vector)
-    if learning and task.learn_prior:
-        # Where the weights would be an ordinary draw of the prior: too small rather than too large
-        # a precision, since unimportant weights are small because they were regularised.
-        norms = prior.group_sums(mode.double().square()).clamp(min=1e-12)
-        prior = prior.with_precision(prior.sizes / norms)
+    weights = task.linear.model.vector
+    if task.learn_prior:
+        prior = prior.matched_to(weights)
     return replace(
         state,
         phase="learn" if learning else "final",
         prior=prior,
-        mode=mode if learning else None,
+        mode=prior.coordinates(weights) if learning else None,
         sketch=prior.scaled(sketch.vectors),
         work=state.work + len(draws),
     )
@@ -325,7 +323,7 @@ def _updated(
         first = state.rounds[0].noise_variance if state.rounds else before
         assert first is not None
         noise = max(residual / max(count - float(gamma.sum()), 1.0), SMALLEST_NOISE * first)
-        moved = max(moved, abs(float(torch.tensor(noise / before).log())))
+        moved = max(moved, abs(log(noise / before)))
     relative = float(error.square().sum().sqrt() / gamma.sum())
     rounds = (*state.rounds, record)
     settled = moved < max(0.01, min(_SETTLED, 2 * relative))

@@ -169,12 +169,12 @@ class FunctionalModel:
         """Of the uncertain parameters."""
         return next(iter(self.parameters.values())).device
 
-    def __call__(self, parameters: Params, inputs: Inputs) -> Float[Tensor, B * event]:
+    def __call__(self, parameters: Params, inputs: Inputs) -> Float[Tensor, "B *event"]:
         """Outputs ``(B, *event)`` for any values of the uncertain parameters."""
         return _outputs_of(self.function(parameters, inputs), self.name)
 
     @torch.no_grad()
-    def predict(self, inputs: Inputs) -> Float[Tensor, B * event]:
+    def predict(self, inputs: Inputs) -> Float[Tensor, "B *event"]:
         """Outputs at the trained parameters.
 
         Parameters
