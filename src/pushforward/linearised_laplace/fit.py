@@ -17,7 +17,7 @@ from pushforward.errors import DataError, NetworkError, OptionError
 from pushforward.linalg.lanczos import quadratic_forms
 from pushforward.linearised_laplace.exact import dual_factor, primal_factor
 from pushforward.linearised_laplace.exact_fit import fit_exactly
-from pushforward.linearised_laplace.linear_model import LinearModel, Offset, check_problem
+from pushforward.linearised_laplace.linear_model import LinearModel, Offset
 from pushforward.linearised_laplace.mode import find_mode
 from pushforward.linearised_laplace.plan import (
     choose_method,
@@ -38,6 +38,7 @@ from pushforward.linearised_laplace.sampled import (
 from pushforward.networks.data import Examples
 from pushforward.networks.likelihoods import Gaussian, Likelihood
 from pushforward.networks.model import FunctionalModel
+from pushforward.networks.problem import check_problem
 from pushforward.runs.distributed import ProcessGrid
 from pushforward.runs.estimate import Check, Cost, Estimate
 from pushforward.runs.plan import Plan, available_memory

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from pushforward.errors import DataError, OptionError
 from pushforward.linearised_laplace.exact import DualFactor, PrimalFactor
-from pushforward.linearised_laplace.linear_model import Offset, activation_bytes
+from pushforward.linearised_laplace.linear_model import Offset
 from pushforward.linearised_laplace.prediction import Prediction
 from pushforward.linearised_laplace.priors import Prior
 from pushforward.linearised_laplace.sampled import Round
 from pushforward.networks.data import Batch, Examples
 from pushforward.networks.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from pushforward.networks.model import FunctionalModel
+from pushforward.networks.problem import activation_bytes
 from pushforward.networks.tangent import Tangent
 from pushforward.runs.estimate import Check, Cost, Estimate, Status, to_jsonable, worst_status
 from pushforward.runs.plan import Plan

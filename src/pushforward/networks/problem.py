@@ -1,0 +1,85 @@
+"""Whether a network, data and a likelihood belong together, and what one example takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pushforward.errors import DataError, ShapeError
+from pushforward.networks.batches import Batch
+from pushforward.networks.data import Examples
+from pushforward.networks.likelihoods import Gaussian, Likelihood
+from pushforward.networks.model import FunctionalModel
+
+__all__ = ["activation_bytes", "check_problem"]
+
+
+def activation_bytes(model: FunctionalModel, batch: Batch) -> int:
+    """Memory that one example takes on its way through a network.
+
+    Parameters
+    ----------
+    model
+        The network.
+    batch
+        Some examples.
+
+    Returns
+    -------
+    int
+        Bytes of what a backward pass would keep, outputs included, parameters not.
+    """
+    seen: dict[int, int] = {}
+    own = {parameter.data_ptr() for parameter in model.parameters.values()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in own and tensor.dim() and len(tensor) == len(batch):
+            seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
+        parameters = {k: p.detach().requires_grad_() for k, p in model.parameters.items()}
+        outputs = model(parameters, batch.inputs)
+    total = sum(seen.values()) + outputs.numel() * outputs.element_size()
+    return max(1, total // len(batch))
+
+
+def check_problem(model: FunctionalModel, examples: Examples, likelihood: Likelihood) -> None:
+    """Refuse outputs and targets that do not belong together, and networks that are not functions.
+
+    Parameters
+    ----------
+    model, examples, likelihood
+        The problem.
+
+    Raises
+    ------
+    ShapeError
+        When the outputs have not one row for each example.
+    DataError
+        When outputs are not finite or change from call to call.
+    """
+    batch = examples.select(torch.arange(min(len(examples), 8)))
+    outputs, again = model.predict(batch.inputs), model.predict(batch.inputs)
+    if len(outputs) != len(batch):
+        raise ShapeError(
+            f"{len(outputs)} rows of outputs for {len(batch)} examples",
+            where=model.name,
+            advice="The first axis of the outputs has to be that of the examples.",
+        )
+    if not bool(torch.isfinite(outputs).all()):
+        raise DataError(
+            "the network's outputs hold NaN or infinite entries",
+            where=examples.name,
+            advice="Check the preprocessing of the inputs and the weights.",
+        )
+    if not torch.equal(outputs, again):
+        raise DataError(
+            "two passes over the same inputs gave different outputs",
+            where=model.name,
+            advice="Remove randomness from the forward pass (dropout, noise): net.eval().",
+        )
+    if batch.targets is not None:
+        likelihood.check_targets(outputs, batch.targets, examples.name)
+    if isinstance(likelihood, Gaussian) and outputs.is_complex():
+        raise DataError("outputs are complex", where=model.name, advice="Return real outputs.")
