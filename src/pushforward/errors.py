@@ -9,6 +9,7 @@ __all__ = [
     "OptionError",
     "PushforwardError",
     "ResourceError",
+    "SamplingError",
     "ShapeError",
     "UnsupportedLayerError",
     "WeightsError",
@@ -69,6 +70,10 @@ class WeightsError(PushforwardError, ValueError):
 
 class DataError(PushforwardError, ValueError):
     """Data that cannot be read, is empty, changes its shape, or holds NaN."""
+
+
+class SamplingError(PushforwardError, RuntimeError):
+    """Chains that cannot go on: all of them left for NaN or infinity."""
 
 
 class ResourceError(PushforwardError, MemoryError):

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
+from typing import Protocol
 
-__all__ = ["track"]
+__all__ = ["Advance", "track"]
 
 _PATIENCE = 1.0  # seconds before a bar appears of its own accord
+
+
+class Advance(Protocol):
+    """Tells a bar that work was done."""
+
+    def __call__(self, amount: int, note: str = "", /) -> None:
+        """Report `amount` more units; `note` says how it goes, behind the description."""
 
 
 @contextmanager
 def track(
     total: int | None, description: str, *, enabled: bool | None = None
-) -> Iterator[Callable[[int], None]]:
+) -> Iterator[Advance]:
     """Show how far a long computation has come.
 
     Parameters
@@ -31,7 +39,8 @@ def track(
     Yields
     ------
     callable
-        ``advance(n)``: report that `n` more units are done.
+        ``advance(n)``: report that `n` more units are done; ``advance(n, "note")`` also says how it
+        goes.
 
     Examples
     --------
@@ -40,7 +49,7 @@ def track(
     ...         advance(1)
     """
     if enabled is False or (enabled is None and not _watched()):
-        yield lambda _amount: None
+        yield lambda _amount, _note="", /: None
         return
 
     from rich.console import Console
@@ -71,8 +80,10 @@ def track(
             progress.start()
             shown = True
 
-    def advance(amount: int) -> None:
+    def advance(amount: int, note: str = "", /) -> None:
         progress.advance(task, amount)
+        if note:
+            progress.update(task, description=f"{description}, {note}")
         show_when_due()
 
     show_when_due()

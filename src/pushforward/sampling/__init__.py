@@ -1,0 +1,1 @@
+"""Samples of posteriors, and whether they are samples of them."""

@@ -1,0 +1,566 @@
+"""The one loop that all samplers run in: warm-up, thinning, memory, processes, interruption."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from time import monotonic, perf_counter
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from pushforward.errors import OptionError, SamplingError, ShapeError
+from pushforward.runs.distributed import ProcessGrid
+from pushforward.runs.estimate import Check, Cost
+from pushforward.runs.plan import MemoryItem, Plan, available_memory
+from pushforward.runs.progress import Advance, track
+from pushforward.runs.store import Checkpoint
+from pushforward.sampling.chains import Chains, Moments
+from pushforward.sampling.kernel import Kernel, State
+from pushforward.sampling.noise import ChainNoise
+from pushforward.typing import Params
+
+__all__ = ["Initial", "Record", "sample"]
+
+Initial: TypeAlias = nn.Module | Mapping[str, Tensor]
+"""Where chains begin: a network, or tensors by name, with or without a leading axis of chains."""
+
+Record: TypeAlias = Callable[[Params], Tensor | Mapping[str, Tensor]]
+"""What to note of every draw: from one draw's parameters to a tensor, or to several by name."""
+
+_SAVE_EVERY = 30.0  # seconds
+_SEGMENT_SECONDS = 0.5  # between looks at progress, at the clock and for dead chains
+_CHUNK_BYTES = {"cpu": 2**30, "cuda": 2**33}
+_REJECTED = 0.01  # acceptance below which nothing moves
+_LOW_ACCEPTANCE = 0.2
+
+
+def sample(
+    kernel: Kernel,
+    *,
+    num_draws: int = 1000,
+    num_chains: int = 4,
+    num_warmup: int = 1000,
+    thin: int = 1,
+    initial: Initial | None = None,
+    record: Record | None = None,
+    keep_parameters: bool = True,
+    chunk_size: int | None = None,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> Chains:
+    """Draw from the law that a kernel leaves invariant, with several chains at once.
+
+    Parameters
+    ----------
+    kernel
+        The sampler and what it samples: ``pf.HMC(potential)``, ``pf.NUTS(potential)``,
+        ``pf.gibbs(model, x, y)``.
+    num_draws
+        Draws that are kept of each chain.
+    num_chains
+        Chains; four or more let R-hat see whether they agree.
+    num_warmup
+        Steps before the first draw. Step sizes and the like are adapted in them, then frozen.
+    thin
+        Steps from one draw to the next.
+    initial
+        Where chains begin: a network, or tensors by name ``(*shape)`` for all chains or
+        ``(num_chains, *shape)``. Default: what the kernel chooses, draws from the prior where there
+        is one, so that chains begin apart.
+    record
+        A function of one draw's parameters, such as ``lambda p: model(p, x_test)``, evaluated at
+        every draw and returned as `Chains.observations`. It may return a mapping of tensors.
+    keep_parameters
+        False keeps their means and variances, and what `record` returned, but not the draws.
+    chunk_size
+        Chains moved at a time; default as many as fit 1 GiB on a CPU, 8 GiB on a GPU. It has no
+        influence on the draws but rounding.
+    seed
+        Of all noise.
+    checkpoint
+        Folder for the state, saved about twice a minute; the same call goes on from there, to the
+        same draws bit for bit.
+    progress
+        Whether to show a bar; None: on a terminal, when it takes long.
+
+    Returns
+    -------
+    Chains
+        When interrupted (Ctrl-C), the draws until then.
+
+    Raises
+    ------
+    OptionError
+        For an option out of range.
+    ShapeError
+        When `initial` does not fit.
+    SamplingError
+        When no chain is finite any more.
+    ResourceError
+        When the draws do not fit into memory.
+    WeightsError
+        When the checkpoint is of another run.
+
+    Notes
+    -----
+    Under ``torchrun`` the processes share the chains, and all get all draws. The noise of a chain
+    depends on seed, chain and step alone. The method, section 5.1.
+
+    Examples
+    --------
+    >>> import torch, pushforward as pf
+    >>> normal = pf.Potential.of_density(lambda p: -(p["x"] ** 2).sum() / 2, {"x": torch.zeros(2)})
+    >>> chains = pf.sample(pf.MALA(normal), num_draws=50, num_warmup=50, seed=1)
+    >>> chains.parameters["x"].shape
+    torch.Size([4, 50, 2])
+    """
+    began = perf_counter()
+    for name, value, least in (
+        ("num_draws", num_draws, 1),
+        ("num_chains", num_chains, 1),
+        ("num_warmup", num_warmup, 0),
+        ("thin", thin, 1),
+        ("chunk_size", 1 if chunk_size is None else chunk_size, 1),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise OptionError(
+                f"{value!r} is out of range", where=name, advice=f"Give an integer from {least} on."
+            )
+    grid = ProcessGrid.from_environment()
+    run = _Run(
+        kernel,
+        num_draws,
+        num_warmup,
+        thin,
+        record,
+        keep_parameters,
+        seed,
+        grid.draws(num_chains),
+        chunk_size,
+    )
+    _plan(run).require(available_memory(kernel.device))
+    store = None
+    if checkpoint is not None:
+        folder = os.fspath(checkpoint)
+        if grid.draw_shards > 1:
+            folder = os.path.join(folder, f"chains-{grid.draw_index}")
+        store = Checkpoint(folder, run.identity(num_chains, initial))
+    shown = progress if grid.is_first else False
+    with torch.no_grad(), track(run.total_steps, kernel.name, enabled=shown) as advance:
+        progressed = run.resumed(store) or run.started(_expanded(kernel, initial, num_chains))
+        progressed = _finish(run, progressed, store, advance, interruptible=grid.num_processes == 1)
+    return _assembled(run, progressed, num_chains, grid, perf_counter() - began)
+
+
+@dataclass(eq=False)
+class _Progress:
+    """How far a run has come: everything that goes into its checkpoint."""
+
+    step: int
+    state: State
+    traces: dict[str, list[Tensor]] = field(default_factory=dict)
+    mean: Tensor | None = None
+    squares: Tensor | None = None
+
+    def append(self, found: Mapping[str, Tensor]) -> None:
+        for name, value in found.items():
+            self.traces.setdefault(name, []).append(value)
+
+    def trace(self, name: str) -> Tensor:
+        """All of one trace, ``(chains, draws, ...)``; joined once and kept so."""
+        parts = self.traces[name]
+        if len(parts) > 1:
+            parts[:] = [torch.cat(parts, 1)]
+        return parts[0]
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """The arguments of a call, and the loop over steps of some chains."""
+
+    kernel: Kernel
+    num_draws: int
+    num_warmup: int
+    thin: int
+    record: Record | None
+    keep_parameters: bool
+    seed: int
+    chains: range
+    chunk_size: int | None
+
+    @property
+    def total_steps(self) -> int:
+        return self.num_warmup + self.num_draws * self.thin
+
+    @cached_property
+    def chunks(self) -> tuple[slice, ...]:
+        """Rows of the chains that move together."""
+        size = self.chunk_size
+        if size is None:
+            room = _CHUNK_BYTES.get(self.kernel.device.type, 2**30)
+            size = max(1, room // max(1, self.kernel.bytes_per_chain))
+        return tuple(
+            slice(i, min(i + size, len(self.chains))) for i in range(0, len(self.chains), size)
+        )
+
+    @cached_property
+    def noises(self) -> tuple[ChainNoise, ...]:
+        """Of the steps, for each chunk."""
+        return tuple(self._noise(chunk, "step") for chunk in self.chunks)
+
+    def identity(self, num_chains: int, initial: Initial | None) -> dict[str, Any]:
+        """What a checkpoint of this run belongs to."""
+        from pushforward.runs.store import fingerprint
+
+        begin = None if initial is None else fingerprint(_tensors_of(initial))
+        return {
+            "kernel": self.kernel.name,
+            "target": self.kernel.identity(),
+            "num_chains": num_chains,
+            "chains": [self.chains.start, self.chains.stop],
+            "num_warmup": self.num_warmup,
+            "num_draws": self.num_draws,
+            "thin": self.thin,
+            "keep_parameters": self.keep_parameters,
+            "recorded": self.record is not None,
+            "initial": begin,
+            "seed": self.seed,
+        }
+
+    def started(self, initial: Params | None) -> _Progress:
+        states = []
+        for chunk in self.chunks:
+            rows = None
+            if initial is not None:
+                chains = self.chains[chunk]
+                rows = {k: v[chains.start : chains.stop] for k, v in initial.items()}
+            noise = self._noise(chunk, "start").at(0)
+            states.append(self.kernel.start(rows, noise))
+        return _Progress(0, _joined(states))
+
+    def resumed(self, store: Checkpoint | None) -> _Progress | None:
+        saved = None if store is None else store.load(self.kernel.device)
+        if saved is None:
+            return None
+        tensors, plain = saved
+        groups: dict[str, dict[str, Tensor]] = {"state": {}, "trace": {}, "moments": {}}
+        for name, tensor in tensors.items():
+            group, _, rest = name.partition(":")
+            groups[group][rest] = tensor
+        traces = {name: [tensor] for name, tensor in groups["trace"].items()}
+        moments = groups["moments"]
+        return _Progress(
+            plain["step"], groups["state"], traces, moments.get("mean"), moments.get("squares")
+        )
+
+    def save(self, store: Checkpoint, progress: _Progress) -> None:
+        tensors = {f"state:{name}": tensor for name, tensor in progress.state.items()}
+        tensors |= {f"trace:{name}": progress.trace(name) for name in progress.traces}
+        if progress.mean is not None and progress.squares is not None:
+            tensors |= {"moments:mean": progress.mean, "moments:squares": progress.squares}
+        store.save(tensors, {"step": progress.step})
+
+    def segment(self, progress: _Progress, steps: int) -> None:
+        """Move all chains by some steps; `progress` changes when all of them have moved."""
+        first = progress.step
+        found = [
+            self._advance(_rows(progress.state, chunk), noise, first, steps)
+            for chunk, noise in zip(self.chunks, self.noises, strict=True)
+        ]
+        state = _joined([state for state, _ in found])
+        traces = _joined([traces for _, traces in found])
+        drawn = traces if self.keep_parameters else {k: v for k, v in traces.items() if k != "draw"}
+        if not self.keep_parameters and "draw" in traces:
+            self._accumulate(progress, traces["draw"])
+        progress.append(drawn)
+        progress.state, progress.step = state, first + steps
+
+    def _advance(
+        self, state: State, noise: ChainNoise, first: int, steps: int
+    ) -> tuple[State, dict[str, Tensor]]:
+        kernel, traces = self.kernel, dict[str, list[Tensor]]()
+
+        def note(name: str, value: Tensor) -> None:
+            traces.setdefault(name, []).append(value)
+
+        for step in range(first, first + steps):
+            numbers = noise.at(step)
+            if step < self.num_warmup:
+                state = kernel.warm_up(state, numbers, step, self.num_warmup)
+                if step % self.thin == self.thin - 1:
+                    for name, value in kernel.statistics(state).items():
+                        note(f"warmup.{name}", value)
+                continue
+            state = kernel.step(state, numbers)
+            if (step - self.num_warmup) % self.thin == self.thin - 1:
+                vectors = kernel.vectors(state)
+                note("draw", vectors)
+                for name, value in kernel.statistics(state).items():
+                    note(f"statistic.{name}", value)
+                for name, value in self._recorded(vectors).items():
+                    note(f"observation.{name}", value)
+        return state, {name: torch.stack(values, 1) for name, values in traces.items()}
+
+    def _recorded(self, vectors: Tensor) -> Mapping[str, Tensor]:
+        if self.record is None:
+            return {}
+        found = vmap(self.record)(self.kernel.space.unravel(vectors))
+        return found if isinstance(found, Mapping) else {"recorded": found}
+
+    def _accumulate(self, progress: _Progress, draws: Tensor) -> None:
+        """Welford's update by blocks of draws (Chan et al. 1983)."""
+        new = draws.shape[1]
+        before = self.draws_after(progress.step)
+        mean = draws.mean(1, dtype=torch.float64)
+        squares = (draws.double() - mean[:, None]).square().sum(1)
+        if progress.mean is not None and progress.squares is not None:
+            delta = mean - progress.mean
+            squares = squares + progress.squares + delta.square() * (before * new / (before + new))
+            mean = progress.mean + delta * (new / (before + new))
+        progress.mean, progress.squares = mean, squares
+
+    def draws_after(self, step: int) -> int:
+        """Draws that a run has which came so far."""
+        return max(0, step - self.num_warmup) // self.thin
+
+    def _noise(self, chunk: slice, purpose: str) -> ChainNoise:
+        kernel = self.kernel
+        return ChainNoise(
+            self.seed,
+            self.chains[chunk],
+            kernel.start_size if purpose == "start" else kernel.noise_size,
+            purpose=purpose,
+            dtype=kernel.dtype,
+            device=kernel.device,
+        )
+
+
+def _finish(
+    run: _Run,
+    progress: _Progress,
+    store: Checkpoint | None,
+    advance: Advance,
+    *,
+    interruptible: bool,
+) -> _Progress:
+    """Move until the run is complete, or Ctrl-C.
+
+    Returns
+    -------
+    _Progress
+        The same, further on.
+
+    Raises
+    ------
+    SamplingError
+        When no chain is finite.
+    KeyboardInterrupt
+        When there is nothing to return yet, or other processes would wait.
+    """
+    advance(progress.step)
+    if store is not None:
+        run.save(store, progress)  # a folder that cannot be written to is told of now
+    saved_at, steps = monotonic(), 1
+    try:
+        while progress.step < run.total_steps:
+            began = monotonic()
+            count = min(steps, run.total_steps - progress.step)
+            run.segment(progress, count)
+            advance(count, _note(run.kernel, progress.state))
+            _require_life(run, progress)
+            spent = monotonic() - began
+            steps = max(1, min(2 * steps, round(count * _SEGMENT_SECONDS / max(spent, 1e-6))))
+            if store is not None and monotonic() - saved_at > _SAVE_EVERY:
+                run.save(store, progress)
+                saved_at = monotonic()
+    except KeyboardInterrupt:
+        if not interruptible or not run.draws_after(progress.step):
+            raise
+    finally:
+        if store is not None:
+            run.save(store, progress)
+    return progress
+
+
+def _note(kernel: Kernel, state: State) -> str:
+    acceptance = kernel.statistics(state).get("acceptance")
+    return "" if acceptance is None else f"acceptance {float(acceptance.mean()):.2f}"
+
+
+def _require_life(run: _Run, progress: _Progress) -> None:
+    alive = torch.isfinite(run.kernel.vectors(progress.state)).all(1)
+    if not bool(alive.any()):
+        raise SamplingError(
+            f"all {len(alive)} chains left for NaN or infinity by step {progress.step:,}",
+            where=run.kernel.name,
+            advice="Take a smaller step size, or start elsewhere (initial=...); in float32 try "
+            "float64.",
+        )
+
+
+def _assembled(
+    run: _Run, progress: _Progress, num_chains: int, grid: ProcessGrid, seconds: float
+) -> Chains:
+    kernel, count = run.kernel, run.draws_after(progress.step)
+    gathered = {name: grid.gather_draws(progress.trace(name)) for name in sorted(progress.traces)}
+    space = kernel.space
+    if run.keep_parameters:
+        draws = gathered.pop("draw")
+        mean = draws.mean(1, dtype=torch.float64)
+        variance = draws.double().var(1) if count > 1 else torch.full_like(mean, torch.nan)
+        parameters = space.unravel(draws)
+    else:
+        assert progress.mean is not None
+        assert progress.squares is not None
+        mean = grid.gather_draws(progress.mean)
+        variance = grid.gather_draws(progress.squares) / (count - 1 if count > 1 else torch.nan)
+        parameters = {}
+    parts: dict[str, dict[str, Tensor]] = {"statistic": {}, "observation": {}, "warmup": {}}
+    for name, value in gathered.items():
+        group, _, rest = name.partition(".")
+        parts[group][rest] = value
+    alive = torch.isfinite(mean).all(1)
+    return Chains(
+        parameters=parameters,
+        observations=parts["observation"],
+        statistics=parts["statistic"],
+        warmup_statistics=parts["warmup"],
+        moments=Moments(count, space.unravel(mean), space.unravel(variance)),
+        kernel=kernel.name,
+        settings=kernel.identity(),
+        num_warmup=run.num_warmup,
+        thin=run.thin,
+        seed=run.seed,
+        run_checks=_run_checks(run, count, alive, parts["statistic"]),
+        cost=Cost(0.0, seconds, progress.step * num_chains),
+    )
+
+
+def _run_checks(
+    run: _Run, count: int, alive: Tensor, statistics: Mapping[str, Tensor]
+) -> tuple[Check, ...]:
+    dead = len(alive) - int(alive.sum())
+    checks = [
+        Check(
+            "chains-alive",
+            "fail" if dead else "pass",
+            f"{dead} of {len(alive)} chains left for NaN or infinity"
+            if dead
+            else f"all {len(alive)} chains stayed finite",
+            "Take a smaller step size; do not average over the rest." if dead else "",
+        )
+    ]
+    if count < run.num_draws:
+        checks.append(
+            Check(
+                "complete",
+                "warn",
+                f"interrupted after {count:,} of {run.num_draws:,} draws",
+                "Call again with the same checkpoint to go on.",
+            )
+        )
+    if "acceptance" in statistics:
+        mean = float(statistics["acceptance"].nanmean())
+        status, advice = _acceptance_advice(mean, run.num_warmup)
+        checks.append(
+            Check("acceptance", status, f"{100 * mean:.3g} % of proposals accepted", advice)
+        )
+    if "divergent" in statistics:
+        share = float(statistics["divergent"].double().mean())
+        checks.append(
+            Check(
+                "no-divergences",
+                "warn" if share else "pass",
+                f"{100 * share:.3g} % of trajectories diverged" if share else "none diverged",
+                "Raise target_acceptance, or reparametrise: a region is not reached."
+                if share
+                else "",
+            )
+        )
+    return tuple(checks)
+
+
+def _acceptance_advice(mean: float, num_warmup: int) -> tuple[Any, str]:
+    remedy = "Take a smaller step size" + (
+        "." if num_warmup else ", or a warm-up that finds one (num_warmup=1000)."
+    )
+    if mean < _REJECTED:
+        return "fail", f"Nothing moves. {remedy}"
+    if mean < _LOW_ACCEPTANCE:
+        return "warn", remedy
+    return "pass", ""
+
+
+def _plan(run: _Run) -> Plan:
+    kernel = run.kernel
+    bits = torch.finfo(kernel.dtype).bits // 8
+    kept = run.num_draws if run.keep_parameters else 2
+    most = max(chunk.stop - chunk.start for chunk in run.chunks)
+    items = (
+        MemoryItem(
+            "draws of the parameters",
+            2 * len(run.chains) * kept * kernel.space.size * bits,  # twice, while they are joined
+            "Thin more, take fewer draws, or keep_parameters=False.",
+        ),
+        MemoryItem(
+            "chains that move together",
+            most * kernel.bytes_per_chain,
+            "Move fewer chains at a time (chunk_size=...).",
+        ),
+    )
+    return Plan(f"{kernel.name}, {len(run.chains)} chains", items, 0, 0)
+
+
+def _tensors_of(initial: Initial) -> dict[str, Tensor]:
+    if isinstance(initial, nn.Module):
+        return {name: p.detach() for name, p in initial.named_parameters()}
+    return {name: value.detach() for name, value in initial.items()}
+
+
+def _expanded(kernel: Kernel, initial: Initial | None, num_chains: int) -> Params | None:
+    """Initial tensors with a leading axis of chains.
+
+    Returns
+    -------
+    dict or None
+        ``(num_chains, *shape)`` each.
+
+    Raises
+    ------
+    ShapeError
+        When a parameter is missing or does not fit.
+    """
+    if initial is None:
+        return None
+    given, space = _tensors_of(initial), kernel.space
+    shapes = dict(zip(space.names, space.shapes, strict=True))
+    alone = all(name in given and tuple(given[name].shape) == shapes[name] for name in shapes)
+    if alone:
+        given = {
+            name: value[None].expand(num_chains, *value.shape) for name, value in given.items()
+        }
+    for name, shape in shapes.items():
+        found = tuple(given[name].shape) if name in given else None
+        if found != (num_chains, *shape):
+            raise ShapeError(
+                "it is missing" if found is None else f"it has shape {found}",
+                where=f"initial, parameter {name}",
+                advice=f"Give a tensor of shape {shape}, or {(num_chains, *shape)} for all chains.",
+            )
+    return {name: value.to(kernel.device) for name, value in given.items()}
+
+
+def _rows(state: State, rows: slice) -> State:
+    return {name: tensor[rows] for name, tensor in state.items()}
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    if len(parts) == 1:
+        return parts[0]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
