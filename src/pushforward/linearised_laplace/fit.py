@@ -36,6 +36,7 @@ from pushforward.linearised_laplace.sampled import (
     current_likelihood,
 )
 from pushforward.networks.data import Examples
+from pushforward.networks.head import split_head
 from pushforward.networks.likelihoods import Gaussian, Likelihood
 from pushforward.networks.model import FunctionalModel
 from pushforward.networks.problem import check_problem
@@ -61,6 +62,8 @@ class _Problem:
     linear: LinearModel
     learn_prior: bool
     noise: float | None  # where learning begins; None when the noise is not learned
+    model: FunctionalModel  # the whole network and its data;
+    examples: Examples  # `linear` may have the network's end alone, and what reaches it
 
 
 def laplace(
@@ -182,6 +185,7 @@ def laplace(
     )
     _check_counts(num_draws, block, tolerance)
     chosen = choose_method(method, problem.linear)
+    problem = _without_the_fixed_part(problem, progress)
     if chosen == "exact":
         return _exact(problem, num_draws, seed, progress, began)
     task = SampledTask(
@@ -289,7 +293,18 @@ def _read_problem(
     )
     if noise is not None:
         noise = _starting_noise(linear)
-    return _Problem(linear, precision is None, noise)
+    return _Problem(linear, precision is None, noise, model, examples)
+
+
+def _without_the_fixed_part(problem: _Problem, progress: bool | None) -> _Problem:
+    """Of a network that is uncertain in its end alone, the rest is run only once."""
+    examples = problem.linear.examples
+    with track(len(examples), "Features of all examples", enabled=progress) as advance:
+        found = split_head(problem.model, examples, advance)
+    if found is None:
+        return problem
+    end, features = found
+    return replace(problem, linear=replace(problem.linear, model=end, examples=features))
 
 
 def _grid(data_shards: int | None) -> ProcessGrid:
@@ -384,7 +399,7 @@ def _exact(
         plan=plan,
         num_draws=num_draws,
         seed=seed,
-        model=linear.model,
+        model=problem.model,
         prior=fit.prior,
         mode=fit.prior.scaled(fit.mode),
         _factor=fit.factor,
@@ -477,7 +492,7 @@ def _assembled(
         plan=plan,
         num_draws=task.num_draws,
         seed=task.seed,
-        model=linear.model,
+        model=problem.model,
         prior=state.prior,
         mode=None if state.mode is None else state.prior.scaled(state.mode),
         _draws=draws,
@@ -575,7 +590,7 @@ def _identity(problem: _Problem, task: SampledTask) -> dict[str, Any]:
     return {
         "network": linear.model.fingerprint(),
         "parameters": linear.model.space.fingerprint(),
-        "data": linear.examples.fingerprint(),
+        "data": problem.examples.fingerprint(),
         "likelihood": linear.likelihood.to_config(),
         "prior": linear.prior.to_config(),
         "learn": [task.learn_prior, task.learn_noise],

@@ -41,6 +41,8 @@ class FunctionalModel:
     frozen
         Parameters and buffers that `function` holds fixed, as far as they are known: they tell
         networks apart.
+    module
+        The network itself, where there is one.
 
     Examples
     --------
@@ -55,6 +57,7 @@ class FunctionalModel:
     name: str = "net"
     left_out: Mapping[str, str] = field(default_factory=dict)
     frozen: Params = field(default_factory=dict, repr=False)
+    module: nn.Module | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         kinds = {(p.dtype, p.device) for p in self.parameters.values()}
@@ -147,7 +150,7 @@ class FunctionalModel:
             return functional_call(net, {**frozen, **parameters}, arguments, keywords)
 
         uncertain: Params = {name: p for name, p in everything.items() if name not in reasons}
-        return cls(function, uncertain, type(net).__name__, reasons, frozen)
+        return cls(function, uncertain, type(net).__name__, reasons, frozen, net)
 
     @cached_property
     def space(self) -> ParameterSpace:
@@ -232,6 +235,7 @@ def _restricted(model: FunctionalModel, chosen: tuple[str, ...]) -> FunctionalMo
         model.name,
         {**model.left_out, **dict.fromkeys(frozen, "not in subset")},
         {**model.frozen, **frozen},
+        model.module,
     )
 
 

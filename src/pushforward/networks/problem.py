@@ -44,13 +44,15 @@ def activation_bytes(model: FunctionalModel, batch: Batch) -> int:
     return max(1, total // len(batch))
 
 
-def check_problem(model: FunctionalModel, examples: Examples, likelihood: Likelihood) -> None:
+def check_problem(
+    model: FunctionalModel, examples: Examples, likelihood: Likelihood | None = None
+) -> None:
     """Refuse outputs and targets that do not belong together, and networks that are not functions.
 
     Parameters
     ----------
     model, examples, likelihood
-        The problem.
+        The problem; without a likelihood the targets are not looked at.
 
     Raises
     ------
@@ -79,7 +81,7 @@ def check_problem(model: FunctionalModel, examples: Examples, likelihood: Likeli
             where=model.name,
             advice="Remove randomness from the forward pass (dropout, noise): net.eval().",
         )
-    if batch.targets is not None:
+    if likelihood is not None and batch.targets is not None:
         likelihood.check_targets(outputs, batch.targets, examples.name)
     if isinstance(likelihood, Gaussian) and outputs.is_complex():
         raise DataError("outputs are complex", where=model.name, advice="Return real outputs.")
