@@ -1,0 +1,258 @@
+"""What samplers that follow a gradient have in common; what those with a Metropolis test share."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pushforward.errors import OptionError
+from pushforward.networks.parameters import ParameterSpace
+from pushforward.runs.store import fingerprint
+from pushforward.sampling.adaptation import (
+    Phase,
+    average_step_size,
+    collect_moments,
+    fresh_averaging,
+    phase,
+    scale_of_moments,
+)
+from pushforward.sampling.dynamics import Point, first_step_size
+from pushforward.sampling.kernel import Kernel, State
+from pushforward.sampling.noise import Noise, NoiseSize
+from pushforward.sampling.potential import Potential
+from pushforward.typing import Params
+
+__all__ = ["AdaptiveKernel", "GradientKernel", "require_positive"]
+
+
+@dataclass(frozen=True, eq=False)
+class GradientKernel(Kernel):
+    """A kernel of a potential, whose state holds ``"vectors"`` and ``"gradient"``.
+
+    Parameters
+    ----------
+    potential
+        Minus the log density.
+    """
+
+    potential: Potential
+
+    @property
+    def space(self) -> ParameterSpace:
+        """Of the potential."""
+        return self.potential.space
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the potential."""
+        return self.potential.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the potential."""
+        return self.potential.device
+
+    def vectors(self, state: State) -> Float[Tensor, "chains P"]:
+        """Where the chains are."""
+        return state["vectors"]
+
+    @property
+    def bytes_per_chain(self) -> int:
+        """Of the potential, and the vectors that a step holds."""
+        itemsize = torch.empty((), dtype=self.dtype).element_size()
+        return self.potential.bytes_per_chain + self._held_vectors * self.space.size * itemsize
+
+    @property
+    @abstractmethod
+    def _held_vectors(self) -> int:
+        """How many vectors of one chain are in memory at once."""
+
+    def identity(self) -> dict[str, Any]:
+        """Name, potential and settings."""
+        return {
+            "kernel": self.name,
+            "potential": self.potential.identity(),
+            "settings": self._settings(),
+        }
+
+    @abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """All that tells two kernels of one kind and one potential apart."""
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptiveKernel(GradientKernel):
+    """A Metropolis kernel whose step size and scale are learned in the warm-up, then frozen.
+
+    Parameters
+    ----------
+    potential
+        Minus the log density.
+    step_size
+        In units of the scale; None to learn it in the warm-up. Without any warm-up a chain keeps
+        the guess with which it starts: the size at which one step is accepted with probability 0.8.
+    target_acceptance
+        That the learned step size aims at.
+    mass
+        ``"diagonal"`` learns the standard deviations of the parameters, ``"identity"`` has them all
+        1, and a tensor ``(P,)`` gives the inverse variances themselves.
+
+    Raises
+    ------
+    OptionError
+        For settings out of their range.
+    """
+
+    _: KW_ONLY
+    step_size: float | None = None
+    target_acceptance: float = 0.8
+    mass: str | Tensor = "diagonal"
+
+    def __post_init__(self) -> None:
+        if self.step_size is not None:
+            require_positive(self.step_size, "step_size")
+        if not 0 < self.target_acceptance < 1:
+            raise OptionError(
+                f"{self.target_acceptance!r} is no probability that can be aimed at",
+                where="target_acceptance",
+                advice="Give a number between 0 and 1, such as 0.8.",
+            )
+        self._check_mass()
+
+    def _check_mass(self) -> None:
+        if isinstance(self.mass, Tensor):
+            good = self.mass.shape == (self.space.size,) and self.mass.is_floating_point()
+            if not (good and bool((torch.isfinite(self.mass) & (self.mass > 0)).all())):
+                raise OptionError(
+                    f"a tensor {tuple(self.mass.shape)} that is no diagonal of a mass matrix",
+                    where="mass",
+                    advice=f"Give {self.space.size} positive numbers: inverse variances.",
+                )
+        elif self.mass not in {"diagonal", "identity"}:
+            raise OptionError(
+                f"there is no mass {self.mass!r}",
+                where="mass",
+                advice="Choose 'diagonal' or 'identity', or give a tensor of inverse variances.",
+            )
+
+    @property
+    def start_size(self) -> NoiseSize:
+        """A start of the potential, and a momentum to guess the step size with."""
+        return NoiseSize(normals=self.potential.start_normals + self.space.size)
+
+    def start(self, initial: Params | None, noise: Noise) -> State:
+        """Chains where the potential starts them, with a guess of the step size."""
+        own = self.potential.start_normals
+        vectors = self.potential.start(initial, noise.normals[:, :own])
+        value, gradient = self.potential.value_and_gradient(vectors)
+        state = {
+            "vectors": vectors,
+            "gradient": gradient,
+            "potential": value,
+            "acceptance": torch.ones_like(value),
+            "divergent": torch.zeros_like(value),
+        }
+        if self._learns_scale:
+            state["scale"] = torch.ones_like(vectors)
+            state["moments_mean"] = torch.zeros_like(vectors)
+            state["moments_spread"] = torch.zeros_like(vectors)
+        if self.step_size is None:
+            point = Point(vectors, noise.normals[:, own:], gradient, value)
+            size = self._of_leapfrog(first_step_size(self.potential, point, self._scale(state)))
+            state["averaging"] = fresh_averaging(size)
+        else:
+            size = torch.full_like(value, self.step_size)
+        return state | {"step_size": size}
+
+    def warm_up(self, state: State, noise: Noise, step: int, total: int) -> State:
+        """Move every chain once; learn its step size, and its scale in the slow windows."""
+        return self._learn(self.step(state, noise), phase(step, total))
+
+    def statistics(self, state: State) -> Mapping[str, Float[Tensor, " chains"]]:
+        """Acceptance, potential, divergences and step size."""
+        return {name: state[name] for name in ("acceptance", "potential", "divergent", "step_size")}
+
+    def _of_leapfrog(self, size: Tensor) -> Tensor:
+        """The step size that corresponds to one of the leapfrog integrator."""
+        return size
+
+    def _scale(self, state: State) -> Tensor:
+        """Standard deviations of the parameters, ``(chains, P)`` or something that broadcasts."""
+        return state.get("scale", self._fixed_scale)
+
+    @property
+    def _learns_scale(self) -> bool:
+        return isinstance(self.mass, str) and self.mass == "diagonal"
+
+    @cached_property
+    def _fixed_scale(self) -> Tensor:
+        if isinstance(self.mass, Tensor):
+            return self.mass.to(self.device, torch.float64).rsqrt().to(self.dtype)[None]
+        return torch.ones(1, 1, dtype=self.dtype, device=self.device)
+
+    def _stride(self, state: State) -> Float[Tensor, "chains #P"]:
+        """Step size times scale."""
+        return state["step_size"].to(self.dtype)[:, None] * self._scale(state)
+
+    def _learn(self, state: State, now: Phase) -> State:
+        learned: State = {}
+        if self.step_size is None:
+            learned["averaging"], learned["step_size"] = average_step_size(
+                state["averaging"],
+                state["step_size"],
+                state["acceptance"],
+                self.target_acceptance,
+                now,
+            )
+        if now.slow and self._learns_scale:
+            mean, spread = collect_moments(
+                state["moments_mean"], state["moments_spread"], state["vectors"], now
+            )
+            learned |= {"moments_mean": mean, "moments_spread": spread}
+            if now.closes:
+                learned["scale"] = scale_of_moments(spread, state["scale"], now.collected)
+                if self.step_size is None:
+                    # The same steps in the new units, as far as one number can say it.
+                    shrinks = (state["scale"].log() - learned["scale"].log()).mean(-1)
+                    factor = self._of_leapfrog(shrinks.to(torch.float64).exp())
+                    learned["step_size"] = learned["step_size"] * factor
+        return state | learned
+
+    def _settings(self) -> dict[str, Any]:
+        mass = self.mass if isinstance(self.mass, str) else fingerprint({"mass": self.mass})
+        return {
+            "step_size": self.step_size,
+            "target_acceptance": self.target_acceptance,
+            "mass": mass,
+        }
+
+
+def require_positive(value: float, where: str) -> None:
+    """Refuse what is not a positive, finite number.
+
+    Parameters
+    ----------
+    value
+        A setting.
+    where
+        Its name.
+
+    Raises
+    ------
+    OptionError
+        When it is out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, float | int) or not 0 < value < math.inf:
+        raise OptionError(
+            f"{value!r} is not a positive, finite number",
+            where=where,
+            advice="Give a positive number.",
+        )
