@@ -69,7 +69,8 @@ class Uncertainty:
     prior
         Of all layers and of the last one.
     num_train
-        Training images that the posterior sees; default those that the network was trained on.
+        Training images that the posterior over all layers sees, the first ones; default all that
+        the network was trained on, which the one over the last layer always sees.
     num_validation
         Test images, the first ones, on which temperatures are fitted; the rest is tested on.
     num_test
@@ -173,12 +174,13 @@ def _shifts(options: Uncertainty, name: DataName, cache: Path) -> _Shifted:
 def _one_seed(options: Uncertainty, seed: int, shifted: _Shifted, cache: Path) -> dict[str, Any]:
     net, summary = load_trained(options.networks, options.network, seed)
     train = training_images(summary, options.data_dir, cache=cache)
-    if options.num_train is not None:
-        train = train.slice(0, options.num_train)
     data = (train.inputs(), train.labels)
     began = perf_counter()
     head = pf.laplace(net, data, pf.Categorical(), subset=_last_layer(net), prior=options.prior)
     head_seconds = perf_counter() - began
+    if options.num_train is not None:
+        train = train.slice(0, options.num_train)
+        data = (train.inputs(), train.labels)
     folder = options.output / f"{options.network}-{seed}-run"
     posterior = pf.laplace(
         net,

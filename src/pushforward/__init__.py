@@ -1,4 +1,4 @@
-"""A law pushed through a network: expected outputs, tails and error bars without sampling."""
+"""A law pushed through a network: of inputs into outputs, of weights into functions."""
 
 from __future__ import annotations
 
@@ -22,12 +22,30 @@ if TYPE_CHECKING:
     from pushforward.networks.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
     from pushforward.networks.model import FunctionalModel
     from pushforward.runs.estimate import Check, Cost, Estimate
+    from pushforward.sampling.chains import Chains
+    from pushforward.sampling.gibbs import gibbs
+    from pushforward.sampling.hmc import HMC
+    from pushforward.sampling.intermediate_noise import IntermediateNoiseNetwork
+    from pushforward.sampling.mala import MALA
+    from pushforward.sampling.nuts import NUTS
+    from pushforward.sampling.potential import Potential
+    from pushforward.sampling.runner import sample
+    from pushforward.sampling.sghmc import SGHMC
+    from pushforward.sampling.sgld import SGLD
+    from pushforward.sampling.sgnht import SGNHT
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "HMC",
+    "MALA",
+    "NUTS",
+    "SGHMC",
+    "SGLD",
+    "SGNHT",
     "Bernoulli",
     "Categorical",
+    "Chains",
     "Check",
     "Cost",
     "Estimate",
@@ -35,26 +53,31 @@ __all__ = [
     "FunctionalModel",
     "Gaussian",
     "GaussianLaw",
+    "IntermediateNoiseNetwork",
     "LaplacePosterior",
     "OutputLaw",
     "PiecewisePolynomial",
     "Poisson",
+    "Potential",
     "Prediction",
     "PushforwardError",
     "SampledLaw",
     "SmoothActivation",
     "choose_prior_precision",
     "expect",
+    "gibbs",
     "laplace",
     "monte_carlo",
     "plan_laplace",
     "propagate",
     "register_activation",
+    "sample",
 ]
 
 _HOMES = {
     "Bernoulli": "networks.likelihoods",
     "Categorical": "networks.likelihoods",
+    "Chains": "sampling.chains",
     "Check": "runs.estimate",
     "Cost": "runs.estimate",
     "Estimate": "runs.estimate",
@@ -62,21 +85,31 @@ _HOMES = {
     "FunctionalModel": "networks.model",
     "Gaussian": "networks.likelihoods",
     "GaussianLaw": "cumulants.laws",
+    "HMC": "sampling.hmc",
+    "IntermediateNoiseNetwork": "sampling.intermediate_noise",
     "LaplacePosterior": "linearised_laplace.posterior",
+    "MALA": "sampling.mala",
+    "NUTS": "sampling.nuts",
     "OutputLaw": "cumulants.output",
     "PiecewisePolynomial": "gaussians.activations",
     "Poisson": "networks.likelihoods",
+    "Potential": "sampling.potential",
     "Prediction": "linearised_laplace.prediction",
     "PushforwardError": "errors",
+    "SGHMC": "sampling.sghmc",
+    "SGLD": "sampling.sgld",
+    "SGNHT": "sampling.sgnht",
     "SampledLaw": "cumulants.monte_carlo",
     "SmoothActivation": "gaussians.activations",
     "choose_prior_precision": "linearised_laplace.validation",
     "expect": "cumulants.expectation",
+    "gibbs": "sampling.gibbs",
     "laplace": "linearised_laplace.fit",
     "monte_carlo": "cumulants.monte_carlo",
     "plan_laplace": "linearised_laplace.fit",
     "propagate": "cumulants.propagation",
     "register_activation": "networks.activations",
+    "sample": "sampling.runner",
 }
 
 
