@@ -6,13 +6,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 __all__ = ["Advance", "track"]
 
 _PATIENCE = 1.0  # seconds before a bar appears of its own accord
 
 
+@runtime_checkable  # for run-time type checks
 class Advance(Protocol):
     """Tells a bar that work was done."""
 
@@ -21,9 +22,7 @@ class Advance(Protocol):
 
 
 @contextmanager
-def track(
-    total: int | None, description: str, *, enabled: bool | None = None
-) -> Iterator[Advance]:
+def track(total: int | None, description: str, *, enabled: bool | None = None) -> Iterator[Advance]:
     """Show how far a long computation has come.
 
     Parameters

@@ -248,6 +248,7 @@ class Chains:
             f"{size:,} parameters (warm-up {self.num_warmup:,}, thin {self.thin})"
         ]
         lines += [f"  {line}" for line in self.diagnosis.lines()]
-        lines.append(f"  cost: {self.cost}")
+        cost = self.cost
+        lines.append(f"  cost: {cost.seconds:.3g} s, {cost.evaluations:,} steps of single chains")
         lines += [f"  {check}" for check in self.checks if check.status != "pass"]
         return "\n".join(lines)

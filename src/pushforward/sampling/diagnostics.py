@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from pushforward.runs.estimate import Check, to_jsonable
 
-__all__ = ["Diagnosis", "Quantity", "diagnose", "diagnostic_checks"]
+__all__ = ["Diagnosis", "Quantity", "diagnose", "diagnostic_checks", "looked_at"]
 
 _MOST_COMPONENTS = 200  # of one name
 _FEWEST_DRAWS = 8  # R-hat splits chains into halves, and needs a variance in each
@@ -194,9 +194,9 @@ def diagnostic_checks(diagnosis: Diagnosis) -> tuple[Check, ...]:
     told = diagnosis.worst("observation") or diagnosis.worst("potential")
     worst = told or diagnosis.worst()
     if worst is None:
-        return (
-            Check("chains-agree", "fail", "nothing moved", "Look at acceptance and step size."),
-        )
+        lost = any(not bool(torch.isfinite(q.mean).any()) for q in diagnosis.quantities)
+        seen = "a chain is not finite" if lost else "nothing moved"
+        return (Check("chains-agree", "fail", seen, "Look at acceptance and step size."),)
     r_hat, effective = (
         worst.worst_r_hat,
         min(q.fewest_effective for q in diagnosis.quantities if q.kind == worst.kind),
@@ -223,15 +223,30 @@ def diagnostic_checks(diagnosis: Diagnosis) -> tuple[Check, ...]:
     )
 
 
+def looked_at(size: int) -> Int64[Tensor, " components"]:
+    """Which components of a quantity are diagnosed: all, or 200 spread evenly over more.
+
+    Parameters
+    ----------
+    size
+        Components that there are.
+
+    Returns
+    -------
+    Tensor
+        Their numbers, in the flattened tensor.
+    """
+    spread = torch.linspace(0, size - 1, min(size, _MOST_COMPONENTS), dtype=torch.float64)
+    return spread.round().long()
+
+
 def _quantity(kind: str, name: str, values: Tensor) -> Quantity:
     from arviz_stats.base.array import array_stats
 
     chains, draws = values.shape[:2]
     flat = values.reshape(chains, draws, -1)
-    size = flat.shape[-1]
-    if size > _MOST_COMPONENTS:
-        spread = torch.linspace(0, size - 1, _MOST_COMPONENTS, dtype=torch.float64)
-        flat = flat[..., spread.round().long()]
+    if flat.shape[-1] > _MOST_COMPONENTS:
+        flat = flat[..., looked_at(flat.shape[-1]).to(flat.device)]
     if chains == 1:  # R-hat compares chains: let it compare halves
         flat = flat[:, draws % 2 :].reshape(2, draws // 2, -1)
     plain = flat.detach().double().cpu().numpy()

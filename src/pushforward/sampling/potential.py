@@ -153,7 +153,9 @@ class Potential(ABC):
                 raise OptionError(
                     f"{value!r} is out of range", where=name, advice="Give a number from 0 on."
                 )
-        if batch_size is not None and not 1 <= batch_size <= len(examples):
+        if batch_size is not None and (
+            not isinstance(batch_size, int) or not 1 <= batch_size <= len(examples)
+        ):
             raise OptionError(
                 f"{batch_size!r} of {len(examples):,} examples",
                 where="batch_size",
@@ -362,7 +364,14 @@ class DensityPotential(Potential):
         }
 
     def _energies(self, vectors: Tensor) -> Tensor:
-        return -vmap(self.log_density)(self.space.unravel(vectors)).double()
+        values = vmap(self.log_density)(self.space.unravel(vectors))
+        if values.dim() != 1:
+            raise OptionError(
+                f"the log density has shape {tuple(values.shape[1:])}",
+                where="log_density",
+                advice="Return a number, a tensor of shape ().",
+            )
+        return -values.double()
 
 
 @final
@@ -507,7 +516,7 @@ class NetworkPotential(Potential):
         if held is not None:
             return held.map(lambda column: column[indices])
         read = self.examples.select(indices.flatten())
-        table = Table(read.inputs, read.targets)
+        table = Table(read.inputs, self._checked(read.inputs, read.targets))
         return table.map(lambda column: column.unflatten(0, tuple(indices.shape)))
 
     def start(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from time import monotonic, perf_counter
 from typing import Any, TypeAlias
@@ -18,7 +18,7 @@ from pushforward.runs.distributed import ProcessGrid
 from pushforward.runs.estimate import Check, Cost
 from pushforward.runs.plan import MemoryItem, Plan, available_memory
 from pushforward.runs.progress import Advance, track
-from pushforward.runs.store import Checkpoint
+from pushforward.runs.store import Checkpoint, fingerprint
 from pushforward.sampling.chains import Chains, Moments
 from pushforward.sampling.kernel import Kernel, State
 from pushforward.sampling.noise import ChainNoise
@@ -133,6 +133,12 @@ def sample(
                 f"{value!r} is out of range", where=name, advice=f"Give an integer from {least} on."
             )
     grid = ProcessGrid.from_environment()
+    if num_chains < grid.draw_shards:
+        raise OptionError(
+            f"{num_chains} chains for {grid.draw_shards} processes",
+            where="num_chains",
+            advice="Take more chains or fewer processes.",
+        )
     run = _Run(
         kernel,
         num_draws,
@@ -154,30 +160,44 @@ def sample(
     shown = progress if grid.is_first else False
     with torch.no_grad(), track(run.total_steps, kernel.name, enabled=shown) as advance:
         progressed = run.resumed(store) or run.started(_expanded(kernel, initial, num_chains))
-        progressed = _finish(run, progressed, store, advance, interruptible=grid.num_processes == 1)
+        progressed = _finish(run, progressed, store, advance, alone=grid.num_processes == 1)
     return _assembled(run, progressed, num_chains, grid, perf_counter() - began)
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class _Progress:
-    """How far a run has come: everything that goes into its checkpoint."""
+    """How far a run has come: everything that goes into its checkpoint.
+
+    It never changes, so that an interruption at any moment leaves one that is whole.
+    """
 
     step: int
     state: State
-    traces: dict[str, list[Tensor]] = field(default_factory=dict)
-    mean: Tensor | None = None
-    squares: Tensor | None = None
+    traces: tuple[dict[str, Tensor], ...] = ()  # of each segment, (chains, draws, ...)
+    mean: Tensor | None = None  # of the draws so far, if they are not kept
+    squares: Tensor | None = None  # sums of squared deviations from it
 
-    def append(self, found: Mapping[str, Tensor]) -> None:
-        for name, value in found.items():
-            self.traces.setdefault(name, []).append(value)
+    def joined(self) -> _Progress:
+        """The same with the traces of all segments in one.
 
-    def trace(self, name: str) -> Tensor:
-        """All of one trace, ``(chains, draws, ...)``; joined once and kept so."""
-        parts = self.traces[name]
-        if len(parts) > 1:
-            parts[:] = [torch.cat(parts, 1)]
-        return parts[0]
+        Returns
+        -------
+        _Progress
+            With one entry of `traces` at most.
+        """
+        if len(self.traces) < 2:
+            return self
+        names = dict.fromkeys(name for part in self.traces for name in part)
+        whole = {
+            name: torch.cat([part[name] for part in self.traces if name in part], 1)
+            for name in names
+        }
+        return replace(self, traces=(whole,))
+
+    def trace(self) -> dict[str, Tensor]:
+        """What was noted so far, ``(chains, draws, ...)`` by name."""
+        parts = self.joined().traces
+        return parts[0] if parts else {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,14 +230,25 @@ class _Run:
         )
 
     @cached_property
+    def most_steps(self) -> int:
+        """After which draws that are not kept have to make room."""
+        if self.keep_parameters:
+            return self.total_steps
+        room = _CHUNK_BYTES.get(self.kernel.device.type, 2**30) // 4
+        return self.thin * max(1, room // self.bytes_per_draw)
+
+    @property
+    def bytes_per_draw(self) -> int:
+        """Of the parameters, all chains of this process together."""
+        return len(self.chains) * self.kernel.space.size * torch.finfo(self.kernel.dtype).bits // 8
+
+    @cached_property
     def noises(self) -> tuple[ChainNoise, ...]:
         """Of the steps, for each chunk."""
         return tuple(self._noise(chunk, "step") for chunk in self.chunks)
 
     def identity(self, num_chains: int, initial: Initial | None) -> dict[str, Any]:
         """What a checkpoint of this run belongs to."""
-        from pushforward.runs.store import fingerprint
-
         begin = None if initial is None else fingerprint(_tensors_of(initial))
         return {
             "kernel": self.kernel.name,
@@ -253,7 +284,7 @@ class _Run:
         for name, tensor in tensors.items():
             group, _, rest = name.partition(":")
             groups[group][rest] = tensor
-        traces = {name: [tensor] for name, tensor in groups["trace"].items()}
+        traces = (groups["trace"],) if groups["trace"] else ()
         moments = groups["moments"]
         return _Progress(
             plain["step"], groups["state"], traces, moments.get("mean"), moments.get("squares")
@@ -261,13 +292,19 @@ class _Run:
 
     def save(self, store: Checkpoint, progress: _Progress) -> None:
         tensors = {f"state:{name}": tensor for name, tensor in progress.state.items()}
-        tensors |= {f"trace:{name}": progress.trace(name) for name in progress.traces}
+        tensors |= {f"trace:{name}": tensor for name, tensor in progress.trace().items()}
         if progress.mean is not None and progress.squares is not None:
             tensors |= {"moments:mean": progress.mean, "moments:squares": progress.squares}
         store.save(tensors, {"step": progress.step})
 
-    def segment(self, progress: _Progress, steps: int) -> None:
-        """Move all chains by some steps; `progress` changes when all of them have moved."""
+    def segment(self, progress: _Progress, steps: int) -> _Progress:
+        """Move all chains by some steps.
+
+        Returns
+        -------
+        _Progress
+            When all of them have moved.
+        """
         first = progress.step
         found = [
             self._advance(_rows(progress.state, chunk), noise, first, steps)
@@ -275,11 +312,11 @@ class _Run:
         ]
         state = _joined([state for state, _ in found])
         traces = _joined([traces for _, traces in found])
-        drawn = traces if self.keep_parameters else {k: v for k, v in traces.items() if k != "draw"}
+        mean, squares = progress.mean, progress.squares
         if not self.keep_parameters and "draw" in traces:
-            self._accumulate(progress, traces["draw"])
-        progress.append(drawn)
-        progress.state, progress.step = state, first + steps
+            mean, squares = self._accumulated(progress, traces.pop("draw"))
+        noted = (*progress.traces, traces) if traces else progress.traces
+        return _Progress(first + steps, state, noted, mean, squares)
 
     def _advance(
         self, state: State, noise: ChainNoise, first: int, steps: int
@@ -311,10 +348,23 @@ class _Run:
         if self.record is None:
             return {}
         found = vmap(self.record)(self.kernel.space.unravel(vectors))
-        return found if isinstance(found, Mapping) else {"recorded": found}
+        named = found if isinstance(found, Mapping) else {"recorded": found}
+        if not all(isinstance(value, Tensor) for value in named.values()):
+            raise OptionError(
+                "it returned neither a tensor nor a mapping of tensors",
+                where="record",
+                advice="Return a tensor, or several by name: {'outputs': ...}.",
+            )
+        return named
 
-    def _accumulate(self, progress: _Progress, draws: Tensor) -> None:
-        """Welford's update by blocks of draws (Chan et al. 1983)."""
+    def _accumulated(self, progress: _Progress, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Welford's update by blocks of draws (Chan et al. 1983).
+
+        Returns
+        -------
+        tuple
+            Mean, and sum of squared deviations from it, of all draws so far.
+        """
         new = draws.shape[1]
         before = self.draws_after(progress.step)
         mean = draws.mean(1, dtype=torch.float64)
@@ -323,7 +373,7 @@ class _Run:
             delta = mean - progress.mean
             squares = squares + progress.squares + delta.square() * (before * new / (before + new))
             mean = progress.mean + delta * (new / (before + new))
-        progress.mean, progress.squares = mean, squares
+        return mean, squares
 
     def draws_after(self, step: int) -> int:
         """Draws that a run has which came so far."""
@@ -347,19 +397,19 @@ def _finish(
     store: Checkpoint | None,
     advance: Advance,
     *,
-    interruptible: bool,
+    alone: bool,
 ) -> _Progress:
     """Move until the run is complete, or Ctrl-C.
 
     Returns
     -------
     _Progress
-        The same, further on.
+        Further on, with joined traces.
 
     Raises
     ------
     SamplingError
-        When no chain is finite.
+        When no chain is finite; not if others would wait, `_assembled` says so then.
     KeyboardInterrupt
         When there is nothing to return yet, or other processes would wait.
     """
@@ -370,19 +420,23 @@ def _finish(
     try:
         while progress.step < run.total_steps:
             began = monotonic()
-            count = min(steps, run.total_steps - progress.step)
-            run.segment(progress, count)
+            count = min(steps, run.most_steps, run.total_steps - progress.step)
+            progress = run.segment(progress, count)
             advance(count, _note(run.kernel, progress.state))
-            _require_life(run, progress)
+            if alone:
+                alive = torch.isfinite(run.kernel.vectors(progress.state)).all(1)
+                _require_life(run, alive, progress.step)
             spent = monotonic() - began
             steps = max(1, min(2 * steps, round(count * _SEGMENT_SECONDS / max(spent, 1e-6))))
             if store is not None and monotonic() - saved_at > _SAVE_EVERY:
+                progress = progress.joined()
                 run.save(store, progress)
                 saved_at = monotonic()
     except KeyboardInterrupt:
-        if not interruptible or not run.draws_after(progress.step):
+        if not alone or not run.draws_after(progress.step):
             raise
     finally:
+        progress = progress.joined()
         if store is not None:
             run.save(store, progress)
     return progress
@@ -393,11 +447,10 @@ def _note(kernel: Kernel, state: State) -> str:
     return "" if acceptance is None else f"acceptance {float(acceptance.mean()):.2f}"
 
 
-def _require_life(run: _Run, progress: _Progress) -> None:
-    alive = torch.isfinite(run.kernel.vectors(progress.state)).all(1)
+def _require_life(run: _Run, alive: Tensor, step: int) -> None:
     if not bool(alive.any()):
         raise SamplingError(
-            f"all {len(alive)} chains left for NaN or infinity by step {progress.step:,}",
+            f"all {len(alive)} chains left for NaN or infinity by step {step:,}",
             where=run.kernel.name,
             advice="Take a smaller step size, or start elsewhere (initial=...); in float32 try "
             "float64.",
@@ -408,7 +461,8 @@ def _assembled(
     run: _Run, progress: _Progress, num_chains: int, grid: ProcessGrid, seconds: float
 ) -> Chains:
     kernel, count = run.kernel, run.draws_after(progress.step)
-    gathered = {name: grid.gather_draws(progress.trace(name)) for name in sorted(progress.traces)}
+    traces = progress.trace()
+    gathered = {name: grid.gather_draws(traces[name]) for name in sorted(traces)}
     space = kernel.space
     if run.keep_parameters:
         draws = gathered.pop("draw")
@@ -426,6 +480,7 @@ def _assembled(
         group, _, rest = name.partition(".")
         parts[group][rest] = value
     alive = torch.isfinite(mean).all(1)
+    _require_life(run, alive, progress.step)
     return Chains(
         parameters=parameters,
         observations=parts["observation"],
@@ -499,13 +554,12 @@ def _acceptance_advice(mean: float, num_warmup: int) -> tuple[Any, str]:
 
 def _plan(run: _Run) -> Plan:
     kernel = run.kernel
-    bits = torch.finfo(kernel.dtype).bits // 8
     kept = run.num_draws if run.keep_parameters else 2
     most = max(chunk.stop - chunk.start for chunk in run.chunks)
     items = (
         MemoryItem(
             "draws of the parameters",
-            2 * len(run.chains) * kept * kernel.space.size * bits,  # twice, while they are joined
+            2 * kept * run.bytes_per_draw,  # twice, while they are joined
             "Thin more, take fewer draws, or keep_parameters=False.",
         ),
         MemoryItem(
