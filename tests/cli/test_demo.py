@@ -52,7 +52,7 @@ def test_demo_writes_the_report_of_its_own_command(
 ) -> None:
     folder = tmp_path / "demo"
     arguments = ["--output", str(folder), "--samples", "256", "--epochs", "1", "--draws", "4"]
-    assert main(["demo", *arguments]) == 0
+    assert main(["demo", *arguments, "--problems", "2"]) == 0
     printed = capsys.readouterr().out
     assert str(folder / "index.html") in printed
     page = (folder / "index.html").read_text(encoding="utf-8")
@@ -66,7 +66,13 @@ def test_demo_writes_the_report_of_its_own_command(
     assert page.count('class="thumb"') == 12
     assert (folder / "posterior.safetensors").exists()
 
-    command = printed.split("Make it again: ")[1]
+    found = json.loads((folder / "thermalization" / "result.json").read_text(encoding="utf-8"))
+    section = found["sections"]["thermalization"]["results"]
+    assert len(section["instances"]) == 2
+    assert section["verdict"] in printed
+    assert str(folder / "thermalization" / "index.html") in printed
+
+    command = printed.split("Make it again: ")[1].splitlines()[0]
     again = shlex.split(command)[1:]
     again[again.index("--output") + 1] = str(tmp_path / "again")
     assert main(again) == 0

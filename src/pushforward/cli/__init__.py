@@ -1,4 +1,4 @@
-"""The command line: ``pushforward report``, ``expect``, ``uncertainty`` and ``demo``."""
+"""The command line: ``pushforward report``, ``expect``, ``sample`` and the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pushforward.errors import PushforwardError
 __all__ = ["main"]
 
 _DESCRIPTION = """Push the law of the inputs through a network: expected outputs, spread and tails \
-with error bars, without sampling. Or ask how sure it is of its predictions. A network is named as \
+with error bars, without sampling. Ask how sure it is of its predictions; draw networks from the \
+posterior of its weights, and test whether a sampler reaches it. A network is named as \
 package.module:factory, a function that returns a torch.nn.Module; its weights come from a \
 safetensors file. No pickle is ever loaded."""
 
@@ -29,10 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     -------
     int
         0 when the command succeeded, 2 when its input was refused, 130 when it was interrupted.
+        ``thermalize`` adds 3 (not converged), 4 (wrong kernel) and 5 (inconclusive).
     """
     import tyro
 
     from pushforward.cli.commands import Demo, Expect, Report, Uncertainty
+    from pushforward.cli.sampling import Sample, Thermalize
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments in (["--version"], ["-V"]):
@@ -44,10 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Expect, tyro.conf.subcommand("expect")]
         | Annotated[Uncertainty, tyro.conf.subcommand("uncertainty")]
+        | Annotated[Sample, tyro.conf.subcommand("sample")]
+        | Annotated[Thermalize, tyro.conf.subcommand("thermalize")]
         | Annotated[Demo, tyro.conf.subcommand("demo")]
     )
     try:
-        command: Report | Expect | Uncertainty | Demo = tyro.cli(
+        command: Report | Expect | Uncertainty | Sample | Thermalize | Demo = tyro.cli(
             commands,
             prog="pushforward",
             description=_DESCRIPTION,

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from pushforward.cli.posterior import ExampleFiles
     from pushforward.runs.estimate import Estimate
 
-__all__ = ["Demo", "Expect", "Report", "Uncertainty"]
+__all__ = ["Demo", "Expect", "Report", "Uncertainty", "page_environment", "size_of"]
 
 _DIGITS = tuple("0123456789")
+_VERDICTS = (0, 3, 4, 5)  # that thermalize ends with
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Report:
                 title=self.title or f"What {factory} does on average and in its tails",
                 subtitle=_subtitle(self, net, loaded),
                 sections=tuple(sections),
-                environment=_environment(
+                environment=page_environment(
                     self.network, net, command, self.seed, {"Law": repr(loaded.law)}
                 ),
             ),
@@ -305,10 +306,10 @@ class Uncertainty:
         written = page.write(
             page.Report(
                 title=self.title or f"How sure {factory} is",
-                subtitle=f"{_size(self.network, net)}, trained on the examples of "
+                subtitle=f"{size_of(self.network, net)}, trained on the examples of "
                 f"{self.data.name}, judged on those of {self.test.name}",
                 sections=(section,),
-                environment=_environment(
+                environment=page_environment(
                     self.network, net, command, self.seed, {"Examples": ", ".join(files)}
                 ),
             ),
@@ -323,6 +324,8 @@ class Uncertainty:
 class Demo:
     """Train a small classifier of handwritten digits, and report on it.
 
+    Then test on a smaller network whether Gibbs sampling reaches the posterior.
+
     Parameters
     ----------
     output
@@ -333,18 +336,21 @@ class Demo:
         Posterior draws of the section on uncertainty.
     epochs
         Passes over the training data.
+    problems
+        On which the sampler is tested; 0 for none.
     seed
-        Of the training, of the Monte Carlo check and of the draws.
+        Of the training, of the Monte Carlo check, of the draws and of the chains.
     """
 
     output: Path = Path("demo")
     samples: int = 100_000
     draws: int = 64
     epochs: int = 30
+    problems: int = 8
     seed: int = 0
 
     def run(self, command: str) -> None:  # noqa: ARG002 - one form for all
-        """Train, then run ``pushforward report`` on what was saved.
+        """Train, run ``pushforward report`` on what was saved, and ``pushforward thermalize``.
 
         Parameters
         ----------
@@ -354,10 +360,10 @@ class Demo:
         Raises
         ------
         SystemExit
-            With the code of the report when it fails.
+            With the code of a command when it fails.
         """
         from pushforward.cli import main
-        from pushforward.cli.demo import prepare_digits
+        from pushforward.cli.demo import THERMALIZATION, prepare_digits
 
         print("Training a classifier of handwritten digits ...")
         trained = prepare_digits(self.output, seed=self.seed, epochs=self.epochs)
@@ -383,9 +389,22 @@ class Demo:
         if code:
             raise SystemExit(code)
         print(f"Make it again: {shlex.join(['pushforward', *arguments])}")
+        if not self.problems:
+            return
+        print("\nTesting whether Gibbs sampling reaches the posterior of a small network ...")
+        arguments = [
+            *THERMALIZATION,
+            *("--seeds", str(self.problems), "--seed", str(self.seed)),
+            *("--output", str(self.output / "thermalization")),
+        ]
+        code = main(arguments)
+        if code not in _VERDICTS:
+            raise SystemExit(code)
+        print(f"Make it again: {shlex.join(['pushforward', *arguments])}")
 
 
-def _size(options: NetworkOptions, net: nn.Module) -> str:
+def size_of(options: NetworkOptions, net: nn.Module) -> str:
+    """The network's name with the number of its parameters, for subtitles."""
     parameters = sum(parameter.numel() for parameter in net.parameters())
     return f"{options.network}, {parameters:,} parameters"
 
@@ -393,7 +412,7 @@ def _size(options: NetworkOptions, net: nn.Module) -> str:
 def _subtitle(settings: Report, net: nn.Module, loaded: LoadedLaw) -> str:
     from pushforward.report.formatting import TIMES
 
-    network = _size(settings.network, net)
+    network = size_of(settings.network, net)
     shape = f" {TIMES} ".join(map(str, loaded.law.event_shape))
     if loaded.examples is None or settings.law.data is None:
         return f"{network}, inputs of shape {shape} from N(0, I)"
@@ -403,9 +422,25 @@ def _subtitle(settings: Report, net: nn.Module, loaded: LoadedLaw) -> str:
     )
 
 
-def _environment(
+def page_environment(
     options: NetworkOptions, net: nn.Module, command: str, seed: int, more: dict[str, str]
 ) -> dict[str, str]:
+    """What made a page, name to value.
+
+    Parameters
+    ----------
+    options, net
+        The network.
+    command, seed
+        Of the run.
+    more
+        Entries of this command.
+
+    Returns
+    -------
+    dict
+        With versions, device, precision and the fingerprint of the weights.
+    """
     import datetime
     import hashlib
     import platform

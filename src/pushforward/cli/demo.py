@@ -1,4 +1,4 @@
-"""The network of the demonstration: a classifier of handwritten digits, trained in seconds."""
+"""The networks of the demonstration: a classifier of digits, trained in seconds, and a small one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from torch.nn import functional
 
 from pushforward.errors import DataError, OptionError
 
-__all__ = ["DigitsRun", "digits_classifier", "prepare_digits"]
+__all__ = ["THERMALIZATION", "DigitsRun", "digits_classifier", "prepare_digits", "small_network"]
+
+THERMALIZATION = (
+    *("thermalize", "pushforward.cli.demo:small_network", "--likelihood", "gaussian"),
+    *("--standard", "4", "--count", "20", "--noise", "0.5", "--budget", "400"),
+)
+"""Arguments of the command that tests a sampler in seconds."""
 
 _PIXELS, _CLASSES, _BRIGHTEST = 64, 10, 16.0
 _TEST_SHARE = 0.25
@@ -70,6 +76,22 @@ def digits_classifier(width: int = 64) -> nn.Module:
         nn.ReLU(),
         nn.Linear(width, _CLASSES),
     )
+
+
+def small_network(width: int = 4) -> nn.Module:
+    """A ReLU network with one hidden layer, whose posterior chains reach in seconds.
+
+    Parameters
+    ----------
+    width
+        Units in the hidden layer.
+
+    Returns
+    -------
+    nn.Module
+        4 numbers in, one out.
+    """
+    return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 1))
 
 
 def prepare_digits(folder: Path, *, seed: int = 0, epochs: int = 30) -> DigitsRun:

@@ -28,6 +28,7 @@ __all__ = [
     "LoadedLaw",
     "load_data",
     "load_examples",
+    "load_inputs",
     "load_law",
     "load_network",
     "load_weights",
@@ -258,10 +259,7 @@ def load_examples(
         When the inputs do not have the shape asked for.
     """
     where = str(path)
-    inputs = load_data(path, key=options.key) * options.scale
-    shape = options.input_shape or tuple(inputs.shape[1:])
-    if math.prod(shape) != math.prod(inputs.shape[1:]):
-        _refuse_shape(shape, tuple(inputs.shape[1:]), where)
+    inputs = load_inputs(path, options, device=device, dtype=dtype)
     name, array = _read_array(path, lambda archive: _pick_target(archive, options, where))
     whole = array.dtype.kind in "iub"
     targets = torch.from_numpy(np.ascontiguousarray(array.astype(np.int64) if whole else array))
@@ -271,9 +269,40 @@ def load_examples(
             where=where,
             advice="Give one target for each input.",
         )
-    place = _device(device)
-    inputs = inputs.reshape(len(inputs), *shape).to(place, dtype)
-    return inputs, targets.to(place) if whole else targets.to(place, dtype)
+    return inputs, targets.to(inputs.device, None if whole else dtype)
+
+
+def load_inputs(
+    path: Path, options: ExampleOptions, *, device: str = "cpu", dtype: torch.dtype | None = None
+) -> Tensor:
+    """Inputs alone from a NumPy archive.
+
+    Parameters
+    ----------
+    path
+        ``.npz``, or ``.npy``.
+    options
+        Their name, and what is done to them.
+    device, dtype
+        Where they go, and what they become; None leaves them.
+
+    Returns
+    -------
+    Tensor
+        ``(N, *input_shape)``.
+
+    Raises
+    ------
+    DataError
+        When the file cannot be read, or the array is missing.
+    ShapeError
+        When the inputs do not have the shape asked for.
+    """
+    inputs = load_data(path, key=options.key) * options.scale
+    shape = options.input_shape or tuple(inputs.shape[1:])
+    if math.prod(shape) != math.prod(inputs.shape[1:]):
+        _refuse_shape(shape, tuple(inputs.shape[1:]), str(path))
+    return inputs.reshape(len(inputs), *shape).to(_device(device), dtype)
 
 
 def _read_array(

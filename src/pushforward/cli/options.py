@@ -8,9 +8,18 @@ from typing import Annotated, Literal
 
 import tyro
 
-__all__ = ["ExampleOptions", "LaplaceOptions", "LawOptions", "Likelihood", "NetworkOptions"]
+__all__ = [
+    "ExampleOptions",
+    "LaplaceOptions",
+    "LawOptions",
+    "Likelihood",
+    "NetworkOptions",
+    "SamplerName",
+    "SamplerOptions",
+]
 
 Likelihood = Literal["categorical", "gaussian", "bernoulli", "poisson"]
+SamplerName = Literal["auto", "nuts", "hmc", "mala", "sgld", "sghmc", "sgnht", "gibbs"]
 
 
 @dataclass(frozen=True)
@@ -121,3 +130,37 @@ class LaplaceOptions:
     subset: tuple[str, ...] = ()
     fit_temperature: bool = False
     image_shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """The sampler, and the posterior that it samples.
+
+    Parameters
+    ----------
+    sampler
+        nuts, hmc and mala use all data in every step and are exact; sgld, sghmc and sgnht use
+        minibatches, at a bias; gibbs needs --noise. auto: gibbs with --noise, nuts for up to 10,000
+        parameters and examples, else sghmc.
+    noise
+        For a network with Gaussian noise behind every map: the variance behind linear maps, and, if
+        there is a second number, the one behind activations and pooling.
+    noise_variance
+        Of the targets of a regression. With --noise, that behind the last layer in any case.
+    prior_precision
+        Inverse variance of every parameter. Default: the fan-in of its layer.
+    step_size
+        Default: learned in the warm-up by nuts, hmc and mala; from the curvature for the others.
+    batch_size
+        Examples in a minibatch of sgld, sghmc and sgnht. Default: 128.
+    max_depth
+        A trajectory of nuts has at most 2^max_depth steps.
+    """
+
+    sampler: SamplerName = "auto"
+    noise: tuple[float, ...] = ()
+    noise_variance: float | None = None
+    prior_precision: float | None = None
+    step_size: float | None = None
+    batch_size: int | None = None
+    max_depth: int = 7

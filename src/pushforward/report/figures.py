@@ -13,6 +13,12 @@ from pushforward.report.comparison import TailCurve
 from pushforward.report.formatting import MINUS, power_of_ten
 
 __all__ = [
+    "GOOD",
+    "INK",
+    "MUTED",
+    "PROPAGATED",
+    "SAMPLED",
+    "SETTINGS",
     "Interval",
     "Line",
     "calibration_svg",
@@ -20,44 +26,46 @@ __all__ = [
     "spread_svg",
     "survival_svg",
     "tail_curves_svg",
+    "themed",
 ]
 
 # Matplotlib knows fixed colours only: these stand for the page's variables in a finished SVG.
-_INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
-_PROPAGATED, _SAMPLED, _PAPER = "#040404", "#050505", "#060606"
+INK, MUTED, GRID = "#010101", "#020202", "#030303"
+PROPAGATED, SAMPLED, PAPER, GOOD = "#040404", "#050505", "#060606", "#070707"
 _VARIABLES = {
-    _INK: "--ink",
-    _MUTED: "--muted",
-    _GRID: "--line",
-    _PROPAGATED: "--propagated",
-    _SAMPLED: "--sampled",
-    _PAPER: "--paper",
+    INK: "--ink",
+    MUTED: "--muted",
+    GRID: "--line",
+    PROPAGATED: "--propagated",
+    SAMPLED: "--sampled",
+    PAPER: "--paper",
+    GOOD: "--good",
 }
-_SETTINGS: Any = {
+SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "pushforward",
     "text.parse_math": False,
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9.0,
-    "text.color": _INK,
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _INK,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
-    "axes.titlecolor": _INK,
+    "axes.titlecolor": INK,
     "axes.facecolor": "none",
     "figure.facecolor": "none",
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "grid.color": _GRID,
+    "grid.color": GRID,
     "grid.linewidth": 0.8,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.labelcolor": _MUTED,
-    "ytick.labelcolor": _INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": INK,
     "legend.frameon": False,
     "lines.solid_capstyle": "round",
 }
@@ -143,37 +151,37 @@ def spread_svg(intervals: Sequence[Interval], key: str) -> str:
 
     count = len(intervals)
     rows = list(range(count))
-    with rc_context(_SETTINGS):
+    with rc_context(SETTINGS):
         figure = Figure(figsize=(8.2, 1.5 + 0.3 * count), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.35, 1))
         for row, item in zip(rows, intervals, strict=True):
             for shift, colour, mean, deviation in (
-                (-0.14, _PROPAGATED, item.mean, item.deviation),
-                (0.14, _SAMPLED, item.sampled_mean, item.sampled_deviation),
+                (-0.14, PROPAGATED, item.mean, item.deviation),
+                (0.14, SAMPLED, item.sampled_mean, item.sampled_deviation),
             ):
                 y = [row + shift] * 2
                 left.plot([mean - 2 * deviation, mean + 2 * deviation], y, color=colour, lw=1.3)
                 left.plot([mean - deviation, mean + deviation], y, color=colour, lw=4.2)
                 left.plot(
-                    mean, row + shift, "o", ms=3.6, color=_PAPER, mec=colour, mew=1.1, zorder=4
+                    mean, row + shift, "o", ms=3.6, color=PAPER, mec=colour, mew=1.1, zorder=4
                 )
             scale = item.deviation if item.deviation > 0 else 1.0
             difference = (item.mean - item.sampled_mean) / scale
             for reach, colour, width in (
-                (item.error / scale, _PROPAGATED, 1.6),
-                (item.sampled_error / scale, _SAMPLED, 4.2),
+                (item.error / scale, PROPAGATED, 1.6),
+                (item.sampled_error / scale, SAMPLED, 4.2),
             ):
                 right.plot(
                     [difference - reach, difference + reach], [row] * 2, color=colour, lw=width
                 )
-            right.plot(difference, row, "o", ms=4.4, color=_PAPER, mec=_INK, mew=1.1, zorder=4)
+            right.plot(difference, row, "o", ms=4.4, color=PAPER, mec=INK, mew=1.1, zorder=4)
         left.set_yticks(rows, [item.label for item in intervals])
         left.set_ylim(count - 0.4, -0.6)
         left.set_title("Mean, ± 1 and ± 2 standard deviations", loc="left")
         left.set_xlabel("output")
         right.set_title(f"Propagated mean {MINUS} sampled mean", loc="left")
         right.set_xlabel("standard deviations of the output")
-        right.axvline(0, color=_MUTED, lw=1)
+        right.axvline(0, color=MUTED, lw=1)
         right.locator_params(axis="x", nbins=6)
         for axes in (left, right):
             axes.grid(visible=False, axis="y")
@@ -183,13 +191,13 @@ def spread_svg(intervals: Sequence[Interval], key: str) -> str:
 
         figure.legend(
             handles=[
-                Line2D([], [], color=_PROPAGATED, lw=4, label="propagated, with its error bar"),
-                Line2D([], [], color=_SAMPLED, lw=4, label="Monte Carlo, with its standard error"),
+                Line2D([], [], color=PROPAGATED, lw=4, label="propagated, with its error bar"),
+                Line2D([], [], color=SAMPLED, lw=4, label="Monte Carlo, with its standard error"),
             ],
             loc="outside upper left",
             ncols=2,
         )
-        return _themed(figure, key)
+        return themed(figure, key)
 
 
 def tail_curves_svg(curves: Sequence[TailCurve], key: str) -> str:
@@ -211,7 +219,7 @@ def tail_curves_svg(curves: Sequence[TailCurve], key: str) -> str:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    with rc_context(_SETTINGS):
+    with rc_context(SETTINGS):
         figure = Figure(figsize=(8.2, 3.7), layout="constrained")
         panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
         for axes, curve in zip(panels, curves, strict=True):
@@ -220,20 +228,16 @@ def tail_curves_svg(curves: Sequence[TailCurve], key: str) -> str:
                 x,
                 [max(value, floor / 10) for value in curve.lower],
                 curve.upper,
-                color=_SAMPLED,
+                color=SAMPLED,
                 alpha=0.28,
                 lw=0,
                 label="Monte Carlo, 95 % interval",
             )
             seen = [p if p > 0 else math.nan for p in curve.sampled]
-            axes.plot(x, seen, color=_SAMPLED, lw=1.8, label="Monte Carlo")
-            axes.plot(
-                x, curve.gaussian, color=_MUTED, lw=1.2, ls=(0, (4, 3)), label="Gaussian tail"
-            )
-            axes.plot(
-                x, curve.saddlepoint, color=_PROPAGATED, lw=2, label="propagated, saddlepoint"
-            )
-            axes.axvline(curve.event, color=_MUTED, lw=1, ls=":")
+            axes.plot(x, seen, color=SAMPLED, lw=1.8, label="Monte Carlo")
+            axes.plot(x, curve.gaussian, color=MUTED, lw=1.2, ls=(0, (4, 3)), label="Gaussian tail")
+            axes.plot(x, curve.saddlepoint, color=PROPAGATED, lw=2, label="propagated, saddlepoint")
+            axes.axvline(curve.event, color=MUTED, lw=1, ls=":")
             axes.set_yscale("log")
             axes.set_ylim(floor, 1.0)
             axes.set_xlim(min(x), max(x))
@@ -251,7 +255,7 @@ def tail_curves_svg(curves: Sequence[TailCurve], key: str) -> str:
             loc="outside upper left",
             ncols=4,
         )
-        return _themed(figure, key)
+        return themed(figure, key)
 
 
 def calibration_svg(
@@ -279,17 +283,17 @@ def calibration_svg(
     from matplotlib.figure import Figure
 
     styles = {
-        "rival": (_SAMPLED, "o", (0, (1, 0)), 1.6),
-        "main": (_PROPAGATED, "o", (0, (1, 0)), 2.0),
-        "other": (_MUTED, "s", (0, (4, 3)), 1.2),
+        "rival": (SAMPLED, "o", (0, (1, 0)), 1.6),
+        "main": (PROPAGATED, "o", (0, (1, 0)), 2.0),
+        "other": (MUTED, "s", (0, (4, 3)), 1.2),
     }
     end = upper
     if end is None:
         end = 1.05 * max((value for line in lines for value in (*line.x, *line.upper)), default=1)
-    with rc_context(_SETTINGS):
+    with rc_context(SETTINGS):
         figure = Figure(figsize=(8.2, 4.2), layout="constrained")
         axes = figure.subplots()
-        axes.plot([0, end], [0, end], color=_MUTED, lw=1, ls=":")
+        axes.plot([0, end], [0, end], color=MUTED, lw=1, ls=":")
         for line in lines:
             colour, marker, dashes, width = styles[line.role]
             errors = [
@@ -303,7 +307,7 @@ def calibration_svg(
                 color=colour,
                 marker=marker,
                 ms=4.2,
-                mfc=_PAPER,
+                mfc=PAPER,
                 mew=1.2,
                 ls=dashes,
                 lw=width,
@@ -314,7 +318,7 @@ def calibration_svg(
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         figure.legend(loc="outside upper left", ncols=4)
-        return _themed(figure, key)
+        return themed(figure, key)
 
 
 def survival_svg(groups: Sequence[tuple[str, Sequence[float]]], key: str, *, xlabel: str) -> str:
@@ -337,11 +341,11 @@ def survival_svg(groups: Sequence[tuple[str, Sequence[float]]], key: str, *, xla
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(_SETTINGS):
+    with rc_context(SETTINGS):
         figure = Figure(figsize=(8.2, 3.4), layout="constrained")
         axes = figure.subplots()
         end = max((value for _, values in groups for value in values), default=0.0) or 1.0
-        for (name, values), colour in zip(groups, (_PROPAGATED, _SAMPLED, _MUTED), strict=False):
+        for (name, values), colour in zip(groups, (PROPAGATED, SAMPLED, MUTED), strict=False):
             ordered, count = sorted(values), len(values)
             x = [0.0, *ordered, 1.03 * end]
             y = [1.0, *(1 - (rank + 1) / count for rank in range(count)), 0.0]
@@ -351,7 +355,7 @@ def survival_svg(groups: Sequence[tuple[str, Sequence[float]]], key: str, *, xla
         axes.set_xlabel(xlabel)
         axes.set_ylabel("share of examples above it")
         figure.legend(loc="outside upper left", ncols=3)
-        return _themed(figure, key)
+        return themed(figure, key)
 
 
 def _decade(value: float, _position: int) -> str:
@@ -361,8 +365,15 @@ def _decade(value: float, _position: int) -> str:
     return f"{value:g}" if exponent >= -2 else power_of_ten(exponent)
 
 
-def _themed(figure: Any, key: str) -> str:
+def themed(figure: Any, key: str) -> str:
     """The figure as an SVG element without fixed size, colours or foreign identifiers.
+
+    Parameters
+    ----------
+    figure
+        Of matplotlib, drawn under `SETTINGS` with the colours of this module.
+    key
+        Prefix of identifiers within the drawing, unique on the page.
 
     Returns
     -------

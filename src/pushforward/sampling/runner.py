@@ -358,21 +358,25 @@ class _Run:
         return named
 
     def _accumulated(self, progress: _Progress, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Welford's update by blocks of draws (Chan et al. 1983).
+        """Welford's update, draw by draw: blocks would round by where the clock cut them.
 
         Returns
         -------
         tuple
             Mean, and sum of squared deviations from it, of all draws so far.
         """
-        new = draws.shape[1]
-        before = self.draws_after(progress.step)
-        mean = draws.mean(1, dtype=torch.float64)
-        squares = (draws.double() - mean[:, None]).square().sum(1)
-        if progress.mean is not None and progress.squares is not None:
-            delta = mean - progress.mean
-            squares = squares + progress.squares + delta.square() * (before * new / (before + new))
-            mean = progress.mean + delta * (new / (before + new))
+        count = self.draws_after(progress.step)
+        mean, squares = progress.mean, progress.squares
+        for draw in draws.double().unbind(1):
+            count += 1
+            if mean is None or squares is None:
+                mean, squares = draw, torch.zeros_like(draw)
+                continue
+            away = draw - mean
+            mean = mean + away / count
+            squares = squares + away * (draw - mean)
+        assert mean is not None
+        assert squares is not None
         return mean, squares
 
     def draws_after(self, step: int) -> int:
