@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from pushforward.sampling.sghmc import SGHMC
     from pushforward.sampling.sgld import SGLD
     from pushforward.sampling.sgnht import SGNHT
+    from pushforward.sampling.teacher_student import TeacherStudent
+    from pushforward.sampling.thermalization import thermalize
+    from pushforward.sampling.thermalization_report import ThermalizationReport
 
 __version__ = "0.1.0"
 
@@ -63,6 +66,8 @@ __all__ = [
     "PushforwardError",
     "SampledLaw",
     "SmoothActivation",
+    "TeacherStudent",
+    "ThermalizationReport",
     "choose_prior_precision",
     "expect",
     "gibbs",
@@ -72,6 +77,7 @@ __all__ = [
     "propagate",
     "register_activation",
     "sample",
+    "thermalize",
 ]
 
 _HOMES = {
@@ -101,6 +107,8 @@ _HOMES = {
     "SGNHT": "sampling.sgnht",
     "SampledLaw": "cumulants.monte_carlo",
     "SmoothActivation": "gaussians.activations",
+    "TeacherStudent": "sampling.teacher_student",
+    "ThermalizationReport": "sampling.thermalization_report",
     "choose_prior_precision": "linearised_laplace.validation",
     "expect": "cumulants.expectation",
     "gibbs": "sampling.gibbs",
@@ -110,6 +118,7 @@ _HOMES = {
     "propagate": "cumulants.propagation",
     "register_activation": "networks.activations",
     "sample": "sampling.runner",
+    "thermalize": "sampling.thermalization",
 }
 
 
