@@ -88,7 +88,7 @@ def test_passes_are_bounded(problem):
 def test_the_gradient_and_the_losses_are_those_of_the_objective(problem):
     linear, dense = problem.linear("isotropic", 1.0, "affine"), problem.dense()
     point = linear.model.vector + 0.1 * numbers(linear.model.space.size, seed=41)
-    loss, gradient, outputs = linear.loss_and_gradient(point)
+    loss, gradient, outputs, _ = linear.slope(point)
     tracked = point.clone().requires_grad_()
     value = -dense.log_prob(dense.linear_outputs(tracked), dense.targets)
     (expected,) = torch.autograd.grad(value, tracked)
@@ -113,7 +113,7 @@ def test_products_are_those_of_the_gauss_newton_matrix(problem):
     )
     point = linear.model.vector + 0.3 * numbers(linear.model.space.size, seed=44)
     there = dense._pulled_back(dense.linear_outputs(point))
-    _, _, outputs = linear.loss_and_gradient(point)
+    _, _, outputs, _ = linear.slope(point)
     torch.testing.assert_close(
         linear.product_at(outputs, vectors), vectors @ there, rtol=1e-9, atol=1e-9
     )
@@ -124,7 +124,7 @@ def test_outputs_are_remembered_or_computed_anew(problem, remembered, monkeypatc
     monkeypatch.setattr(linear_model, "_REMEMBERED_BYTES", remembered)
     linear, dense = problem.linear(), problem.dense()
     point = linear.model.vector + 0.3 * numbers(linear.model.space.size, seed=44)
-    _, _, outputs = linear.loss_and_gradient(point)
+    _, _, outputs, _ = linear.slope(point)
     expected = dense.linear_outputs(point)
     for batch in linear.examples.batches(7, start=3):
         torch.testing.assert_close(outputs(batch), expected[batch.indices])

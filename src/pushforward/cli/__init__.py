@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     import tyro
 
     from pushforward.cli.commands import Demo, Expect, Report, Uncertainty
-    from pushforward.cli.sampling import Sample, Thermalize
+    from pushforward.cli.sampling import Sample
+    from pushforward.cli.thermalization import Thermalize
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments in (["--version"], ["-V"]):

@@ -1,4 +1,4 @@
-"""The networks of the demonstration: a classifier of digits, trained in seconds, and a small one."""
+"""The networks of the demonstration: a classifier of digits, trained in seconds; a small one."""
 
 from __future__ import annotations
 

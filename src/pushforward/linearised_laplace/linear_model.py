@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from pushforward.linearised_laplace.priors import Prior
@@ -21,11 +21,13 @@ from pushforward.networks.tangent import Tangent
 from pushforward.runs.distributed import ProcessGrid
 from pushforward.runs.rng import stream
 
-__all__ = ["NOISE_BLOCK", "LinearModel", "Offset", "Sketch"]
+__all__ = ["NOISE_BLOCK", "LinearModel", "Offset", "Portion", "Sketch", "Slope"]
 
 Offset = Literal["affine", "linear"]
 
 _REMEMBERED_BYTES = 2**28
+_FLOOR = 0.05  # of the mean curvature
+_CAPPING_ROUNDS = 8
 NOISE_BLOCK = 64
 """Examples that share a stream of noise; sums over them are what a sketch squares."""
 
@@ -46,6 +48,81 @@ class Sketch:
 
     vectors: Float[Tensor, "K P"]
     diagonal: Float[Tensor, " P"]
+
+
+class Slope(NamedTuple):
+    """The negative log-likelihood of the linear model at a point, and what goes with it.
+
+    Attributes
+    ----------
+    loss
+        A number, float64.
+    gradient
+        ``(P,)``.
+    outputs
+        From a batch to the outputs ``(B, *event)`` of the linear model, remembered where they take
+        little memory.
+    curvature
+        ``(n,)`` trace of the curvature of each example of this process, up to a common factor.
+    """
+
+    loss: Float[Tensor, ""]
+    gradient: Float[Tensor, " P"]
+    outputs: Callable[[Batch], Tensor]
+    curvature: Float[Tensor, " n"]
+
+
+@dataclass(frozen=True, eq=False)
+class Portion:
+    """A few examples that stand for all in a sum of curvatures.
+
+    Parameters
+    ----------
+    indices
+        ``(m,)`` numbers of the examples.
+    weights
+        ``(m,)``: of how many each stands for.
+    """
+
+    indices: Int64[Tensor, " m"]
+    weights: Float[Tensor, " m"]
+
+    @classmethod
+    def of(cls, curvature: Float[Tensor, " n"], count: int, first: int = 0) -> Portion:
+        """Examples drawn with probabilities in proportion to their curvature, at equal distances.
+
+        A trained classifier is sure of most examples, and the few that it is not sure of hold most
+        of the curvature: on MNIST a sixth of the examples holds nine tenths of it. Those are all
+        taken; the rest is thinned, and weighted so that sums are right on average (Horvitz and
+        Thompson 1952).
+
+        Parameters
+        ----------
+        curvature
+            ``(n,)`` of all examples, not negative.
+        count
+            Examples wanted, about.
+        first
+            Number of the first example.
+
+        Returns
+        -------
+        Portion
+            In order.
+        """
+        sizes = curvature.double().clamp(min=0)
+        # A floor, lest an example that matters elsewhere on the way should get a huge weight.
+        sizes = sizes + _FLOOR * sizes.mean().clamp(min=1e-300)
+        chances = sizes * (count / sizes.sum())
+        for _ in range(_CAPPING_ROUNDS):  # what is certain to be drawn leaves its share to others
+            certain = chances >= 1
+            left = (count - certain.sum()).clamp(min=0)
+            rest = sizes.masked_fill(certain, 0)
+            chances = torch.where(certain, 1.0, rest * (left / rest.sum().clamp(min=1e-300)))
+        chances = chances.clamp(max=1)
+        ends = chances.cumsum(0) + 0.5
+        drawn = (ends.floor() > (ends - chances).floor()).nonzero()[:, 0]
+        return cls(drawn.cpu() + first, 1 / chances[drawn])
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,18 +261,18 @@ class LinearModel:
         self,
         outputs: Callable[[Batch], Float[Tensor, "B *event"]],
         vectors: Float[Tensor, "K P"],
-        stride: int = 1,
+        portion: Portion | None = None,
     ) -> Float[Tensor, "K P"]:
         """``J'^T B(h) J' v``: the curvature taken at other outputs than the network's.
 
         Parameters
         ----------
         outputs
-            Where, for a batch: what `loss_and_gradient` returns.
+            Where, for a batch: `Slope.outputs`.
         vectors
             ``(K, P)``.
-        stride
-            Use one block of examples in so many, weighted to stand for the others.
+        portion
+            Examples that stand for all.
 
         Returns
         -------
@@ -203,19 +280,37 @@ class LinearModel:
             ``(K, P)``.
         """
         directions = self.prior.scaled(vectors)
-        total, seen = torch.zeros_like(vectors), 0
-        for tangent, batch in self._pass(len(vectors), stride):
+        total = torch.zeros_like(vectors)
+        for tangent, batch, weights in self._portioned(len(vectors), portion):
             moved = tangent.jvp(batch.inputs, directions)
             weighted = self.likelihood.curvature_product(outputs(batch), moved)
+            if weights is not None:
+                weighted = weighted * weights.reshape(-1, *[1] * (weighted.dim() - 2))
             total += tangent.vjp(batch.inputs, weighted)
-            seen += len(batch)
-        count = self.grid.sum_over_data(torch.tensor(float(seen), device=vectors.device))
-        total = self.grid.sum_over_data(total) * (len(self.examples) / float(count))
-        return self.prior.scaled(total)
+        return self.prior.scaled(self.grid.sum_over_data(total))
 
-    def loss_and_gradient(
-        self, point: Float[Tensor, " P"]
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, " P"], Callable[[Batch], Tensor]]:
+    def portion(self, slope: Slope, count: int) -> Portion | None:
+        """Examples whose curvature stands for that of all.
+
+        Parameters
+        ----------
+        slope
+            Where.
+        count
+            How many, over all processes, about.
+
+        Returns
+        -------
+        Portion or None
+            None when there are not many more anyway.
+        """
+        start, stop = self._share
+        wanted = count * (stop - start) // len(self.examples)
+        if 2 * wanted >= stop - start:
+            return None
+        return Portion.of(slope.curvature, wanted, start)
+
+    def slope(self, point: Float[Tensor, " P"]) -> Slope:
         """Negative log-likelihood of the linear model, its gradient, and the outputs it sees.
 
         Parameters
@@ -225,9 +320,8 @@ class LinearModel:
 
         Returns
         -------
-        tuple
-            A number (float64), ``(P,)``, and a function from a batch to the outputs ``(B, *event)``
-            of the linear model, remembered where they take little memory.
+        Slope
+            For one pass over the data.
         """
         weights = self._displacement(point)
         loss = torch.zeros((), dtype=torch.float64, device=point.device)
@@ -235,12 +329,14 @@ class LinearModel:
         start, stop = self._share
         bits = torch.finfo(point.dtype).bits
         remember = (stop - start) * self.num_outputs * bits // 8 <= _REMEMBERED_BYTES
-        seen = []
+        seen, traces = [], [point.new_zeros(0)]
         for tangent, batch in self._pass(1):
             outputs = self._shifted(batch, tangent.jvp(batch.inputs, weights[None])[0])
             targets = self._targets(batch, outputs)
             loss -= self.likelihood.log_prob(outputs, targets).sum(dtype=torch.float64)
             gradient -= tangent.vjp(batch.inputs, self.likelihood.score(outputs, targets)[None])[0]
+            # Links are canonical: the curvature is the variance, or constant.
+            traces.append(self.likelihood.variance(outputs).flatten(1).sum(1))
             if remember:
                 seen.append(outputs)
         table = torch.cat(seen) if seen else None
@@ -251,8 +347,12 @@ class LinearModel:
             moved = self._tangent(1).jvp(batch.inputs, weights[None])[0]
             return self._shifted(batch, moved)
 
-        total = self.grid.sum_over_data(loss)
-        return total, self.prior.scaled(self.grid.sum_over_data(gradient)), outputs_of
+        return Slope(
+            self.grid.sum_over_data(loss),
+            self.prior.scaled(self.grid.sum_over_data(gradient)),
+            outputs_of,
+            torch.cat(traces),
+        )
 
     def losses_along(
         self,
@@ -363,19 +463,29 @@ class LinearModel:
             yield batch, self.model.predict(batch.inputs), jacobian
             self.advance(len(batch))
 
-    def _pass(self, vectors: int, stride: int = 1) -> Iterator[tuple[Tangent, Batch]]:
+    def _pass(self, vectors: int) -> Iterator[tuple[Tangent, Batch]]:
         examples, _ = self.batch_sizes(vectors)
         tangent = self._tangent(vectors)
         start, stop = self._share
-        if stride == 1:
-            pieces = [(start, stop)]
-        else:
-            firsts = range(start, stop, stride * NOISE_BLOCK)
-            pieces = [(first, min(first + NOISE_BLOCK, stop)) for first in firsts]
-        for first, last in pieces:
-            for batch in self.examples.batches(examples, start=first, stop=last):
-                yield tangent, batch
-                self.advance(len(batch))
+        for batch in self.examples.batches(examples, start=start, stop=stop):
+            yield tangent, batch
+            self.advance(len(batch))
+
+    def _portioned(
+        self, vectors: int, portion: Portion | None
+    ) -> Iterator[tuple[Tangent, Batch, Tensor | None]]:
+        if portion is None:
+            for tangent, batch in self._pass(vectors):
+                yield tangent, batch, None
+            return
+        examples, _ = self.batch_sizes(vectors)
+        tangent = self._tangent(vectors)
+        weights = portion.weights.to(self.model.vector)
+        for first in range(0, len(portion.indices), examples):
+            rows = slice(first, first + examples)
+            batch = self.examples.select(portion.indices[rows])
+            yield tangent, batch, weights[rows]
+            self.advance(len(batch))
 
     def _tangent(self, vectors: int) -> Tangent:
         _, chunk = self.batch_sizes(vectors)

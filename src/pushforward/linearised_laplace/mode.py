@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,14 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pushforward.linalg.conjugate_gradients import Product, advance, begin
-from pushforward.linearised_laplace.linear_model import LinearModel
-from pushforward.networks.data import Batch
+from pushforward.linearised_laplace.linear_model import LinearModel, Portion, Slope
 
 __all__ = ["Mode", "find_mode", "line_search"]
 
 _STEPS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.01, 1e-3)
 _MAX_NEWTON = 50
-_HESSIAN_EXAMPLES, _LARGEST_STRIDE = 4096, 8  # a Newton step needs no better Hessian
+_HESSIAN_EXAMPLES, _LARGEST_SHARE = 4096, 8  # a Newton step needs no better Hessian
 _FORCING = 0.05  # of the gain of a Newton step that may be left undone
 
 
@@ -78,15 +76,17 @@ def find_mode(
     """
     precision = linear.prior.diagonal(start.dtype)
     point, passes = start, 0.0
-    loss, gradient, outputs = linear.loss_and_gradient(point)
-    stride = max(1, min(_LARGEST_STRIDE, len(linear.examples) // _HESSIAN_EXAMPLES))
+    here = linear.slope(point)
+    count = len(linear.examples)
+    wanted = max(_HESSIAN_EXAMPLES, count // _LARGEST_SHARE)
     decrement = torch.inf
     for _ in range(_MAX_NEWTON):
-        gradient = gradient + precision * point
+        portion = linear.portion(here, wanted)
         direction, decrement, spent = _newton_direction(
-            linear, outputs, gradient, precondition, tolerance, stride
+            linear, here, precision * point, precondition, tolerance, portion
         )
-        passes += spent / stride + 1
+        share = 1.0 if portion is None else len(portion.indices) / count
+        passes += spent * share + 1
         if decrement <= tolerance or passes >= max_passes:
             break
         passes += 1
@@ -94,8 +94,8 @@ def find_mode(
         if ahead is point:
             break  # rounding is all that is left
         point = ahead
-        loss, gradient, outputs = linear.loss_and_gradient(point)
-    return Mode(point, float(loss), float(decrement), passes)
+        here = linear.slope(point)
+    return Mode(point, float(here.loss), float(decrement), passes)
 
 
 def line_search(
@@ -126,23 +126,24 @@ def line_search(
 
 def _newton_direction(
     linear: LinearModel,
-    outputs: Callable[[Batch], Tensor],
-    gradient: Tensor,
+    here: Slope,
+    pull: Tensor,
     precondition: Product,
     tolerance: float,
-    stride: int,
+    portion: Portion | None,
 ) -> tuple[Tensor, float, int]:
-    """The solution of Newton's system, to a twentieth of what it gains.
+    """The solution of Newton's system, to a twentieth of what it gains; `pull` is the prior's.
 
     Returns
     -------
     tuple
-        Direction ``(P,)``, decrement, passes.
+        Direction ``(P,)``, decrement, passes over the portion.
     """
+    gradient = here.gradient + pull
     precision = linear.prior.diagonal(gradient.dtype)
 
     def product(vectors: Tensor) -> Tensor:
-        return linear.product_at(outputs, vectors, stride) + precision * vectors
+        return linear.product_at(here.outputs, vectors, portion) + precision * vectors
 
     right = -gradient[None]
     # From zero the first product is that with zero: a pass that need not be made.
