@@ -27,14 +27,14 @@ from torch import nn
 
 import pushforward as pf
 from pushforward.errors import PushforwardError
-from pushforward.sampling.gibbs import gibbs
 from pushforward.sampling.hmc import HMC
-from pushforward.sampling.intermediate_noise import IntermediateNoiseNetwork
+from pushforward.sampling.intermediate_noise.gibbs import gibbs
+from pushforward.sampling.intermediate_noise.network import IntermediateNoiseNetwork
 from pushforward.sampling.kernel import Kernel
 from pushforward.sampling.mala import MALA
 from pushforward.sampling.runner import sample
-from pushforward.sampling.teacher_student import Instance, TeacherStudent
-from pushforward.sampling.thermalization import ThermalizationReport, thermalize
+from pushforward.sampling.thermalization.teacher_student import Instance, TeacherStudent
+from pushforward.sampling.thermalization.thermalize import ThermalizationReport, thermalize
 
 __all__ = ["Thermalization", "main", "study"]
 

@@ -8,7 +8,7 @@ from torch import nn
 from pushforward.networks.likelihoods import Gaussian
 from pushforward.sampling.kernel import Kernel
 from pushforward.sampling.noise import NoiseSize
-from pushforward.sampling.teacher_student import TeacherStudent
+from pushforward.sampling.thermalization.teacher_student import TeacherStudent
 
 FEATURES = 7
 

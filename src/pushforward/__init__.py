@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from pushforward.networks.model import FunctionalModel
     from pushforward.runs.estimate import Check, Cost, Estimate
     from pushforward.sampling.chains import Chains
-    from pushforward.sampling.gibbs import gibbs
     from pushforward.sampling.hmc import HMC
-    from pushforward.sampling.intermediate_noise import IntermediateNoiseNetwork
+    from pushforward.sampling.intermediate_noise.gibbs import gibbs
+    from pushforward.sampling.intermediate_noise.network import IntermediateNoiseNetwork
     from pushforward.sampling.mala import MALA
     from pushforward.sampling.nuts import NUTS
     from pushforward.sampling.potential import Potential
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from pushforward.sampling.sghmc import SGHMC
     from pushforward.sampling.sgld import SGLD
     from pushforward.sampling.sgnht import SGNHT
-    from pushforward.sampling.teacher_student import TeacherStudent
-    from pushforward.sampling.thermalization import thermalize
-    from pushforward.sampling.thermalization_report import ThermalizationReport
+    from pushforward.sampling.thermalization.report import ThermalizationReport
+    from pushforward.sampling.thermalization.teacher_student import TeacherStudent
+    from pushforward.sampling.thermalization.thermalize import thermalize
 
 __version__ = "0.1.0"
 
@@ -92,7 +92,7 @@ _HOMES = {
     "Gaussian": "networks.likelihoods",
     "GaussianLaw": "cumulants.laws",
     "HMC": "sampling.hmc",
-    "IntermediateNoiseNetwork": "sampling.intermediate_noise",
+    "IntermediateNoiseNetwork": "sampling.intermediate_noise.network",
     "LaplacePosterior": "linearised_laplace.posterior",
     "MALA": "sampling.mala",
     "NUTS": "sampling.nuts",
@@ -107,18 +107,18 @@ _HOMES = {
     "SGNHT": "sampling.sgnht",
     "SampledLaw": "cumulants.monte_carlo",
     "SmoothActivation": "gaussians.activations",
-    "TeacherStudent": "sampling.teacher_student",
-    "ThermalizationReport": "sampling.thermalization_report",
+    "TeacherStudent": "sampling.thermalization.teacher_student",
+    "ThermalizationReport": "sampling.thermalization.report",
     "choose_prior_precision": "linearised_laplace.validation",
     "expect": "cumulants.expectation",
-    "gibbs": "sampling.gibbs",
+    "gibbs": "sampling.intermediate_noise.gibbs",
     "laplace": "linearised_laplace.fit",
     "monte_carlo": "cumulants.monte_carlo",
     "plan_laplace": "linearised_laplace.fit",
     "propagate": "cumulants.propagation",
     "register_activation": "networks.activations",
     "sample": "sampling.runner",
-    "thermalize": "sampling.thermalization",
+    "thermalize": "sampling.thermalization.thermalize",
 }
 
 

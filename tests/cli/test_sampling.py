@@ -27,7 +27,7 @@ from pushforward.cli.samplers import (
 )
 from pushforward.errors import NetworkError, OptionError
 from pushforward.networks.model import FunctionalModel
-from pushforward.sampling.verdict import overall_verdict
+from pushforward.sampling.thermalization.verdict import overall_verdict
 
 FACTORY = """
     from torch import nn

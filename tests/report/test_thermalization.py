@@ -10,7 +10,7 @@ import torch
 from pushforward.report import thermalization as module
 from pushforward.report.page import Figure, Paragraph, Report, Table, render, write
 from pushforward.report.thermalization import thermalization_section
-from pushforward.sampling.thermalization import thermalize
+from pushforward.sampling.thermalization.thermalize import thermalize
 from thermalising import Relaxation, linear_posterior, linear_problem
 
 CACHE = {}

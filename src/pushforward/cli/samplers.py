@@ -18,7 +18,7 @@ from pushforward.networks.model import FunctionalModel
 from pushforward.report.formatting import number
 from pushforward.runs.rng import stream
 from pushforward.sampling.hmc import HMC
-from pushforward.sampling.intermediate_noise import IntermediateNoiseNetwork
+from pushforward.sampling.intermediate_noise.network import IntermediateNoiseNetwork
 from pushforward.sampling.kernel import Kernel
 from pushforward.sampling.mala import MALA
 from pushforward.sampling.nuts import NUTS

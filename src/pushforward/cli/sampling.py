@@ -156,7 +156,7 @@ class Sample:
         from pushforward.networks.likelihoods import Gaussian
         from pushforward.networks.model import FunctionalModel
         from pushforward.report.averaged_prediction import LargestEntry
-        from pushforward.sampling.gibbs import gibbs
+        from pushforward.sampling.intermediate_noise.gibbs import gibbs
         from pushforward.sampling.potential import Potential
 
         options = self.kernel

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pushforward.sampling.kernel import Kernel
-    from pushforward.sampling.teacher_student import Instance, TeacherStudent
+    from pushforward.sampling.thermalization.teacher_student import Instance, TeacherStudent
 
 __all__ = ["Thermalize"]
 
@@ -101,7 +101,7 @@ class Thermalize:
         from pushforward.cli.loading import load_network
         from pushforward.report import page
         from pushforward.report.thermalization import thermalization_section
-        from pushforward.sampling.thermalization import thermalize
+        from pushforward.sampling.thermalization.thermalize import thermalize
 
         net = load_network(self.network, seed=self.seed).double()
         problem = self._problem(net)
@@ -143,7 +143,7 @@ class Thermalize:
         """The family of problems."""
         from pushforward.cli import samplers
         from pushforward.networks.model import FunctionalModel
-        from pushforward.sampling.teacher_student import TeacherStudent
+        from pushforward.sampling.thermalization.teacher_student import TeacherStudent
 
         inputs, test = self._inputs()
         options = self.kernel
@@ -205,7 +205,7 @@ class Thermalize:
         from dataclasses import replace
 
         from pushforward.cli import samplers
-        from pushforward.sampling.gibbs import gibbs
+        from pushforward.sampling.intermediate_noise.gibbs import gibbs
         from pushforward.sampling.potential import NetworkPotential
 
         options = self.kernel
@@ -233,7 +233,7 @@ class Thermalize:
 
     def _plan(self, problem: TeacherStudent, sampler: Callable[[Instance], Kernel]) -> str:
         from pushforward.runs.plan import format_bytes
-        from pushforward.sampling.teacher_student import STARTS
+        from pushforward.sampling.thermalization.teacher_student import STARTS
 
         kernel = sampler(problem.instance(0))
         count = self.chains * len(STARTS)

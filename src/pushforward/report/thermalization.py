@@ -21,8 +21,8 @@ from pushforward.report.page import (
     Verdict,
 )
 from pushforward.runs.estimate import Status
-from pushforward.sampling.rank_tests import RankTest
-from pushforward.sampling.thermalization_report import InstanceResult, ThermalizationReport
+from pushforward.sampling.thermalization.rank_tests import RankTest
+from pushforward.sampling.thermalization.report import InstanceResult, ThermalizationReport
 
 __all__ = ["thermalization_section"]
 

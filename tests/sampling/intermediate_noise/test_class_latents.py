@@ -8,7 +8,7 @@ import torch
 from scipy.special import log_ndtr, ndtr
 
 from oracles.elementwise_conditionals import ks_pvalue, largest_score, log_integral
-from pushforward.sampling.class_latents import sample_class_latents
+from pushforward.sampling.intermediate_noise.class_latents import sample_class_latents
 
 NOISE = 0.5
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pushforward.sampling.verdict import window_mean
+from pushforward.sampling.thermalization.verdict import window_mean
 
 __all__ = ["RankTest", "judge_ranks", "normalised_rank", "thinned", "uniformity"]
 

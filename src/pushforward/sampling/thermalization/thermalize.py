@@ -20,16 +20,16 @@ from typing import Any
 from pushforward.errors import OptionError, WeightsError
 from pushforward.runs.estimate import to_jsonable
 from pushforward.runs.progress import track
-from pushforward.sampling.identities import Statistic, judge_identities
-from pushforward.sampling.rank_tests import judge_ranks
-from pushforward.sampling.teacher_student import STARTS, Start, TeacherStudent
-from pushforward.sampling.thermalization_report import (
+from pushforward.sampling.thermalization.identities import Statistic, judge_identities
+from pushforward.sampling.thermalization.rank_tests import judge_ranks
+from pushforward.sampling.thermalization.report import (
     InstanceResult,
     ThermalizationReport,
     write_json,
 )
-from pushforward.sampling.thermalization_run import FEWEST_RECORDS, Plan, Sampler, run_problem
-from pushforward.sampling.verdict import Verdict, overall_verdict, success
+from pushforward.sampling.thermalization.run import FEWEST_RECORDS, Plan, Sampler, run_problem
+from pushforward.sampling.thermalization.teacher_student import STARTS, Start, TeacherStudent
+from pushforward.sampling.thermalization.verdict import Verdict, overall_verdict, success
 
 __all__ = ["ThermalizationReport", "thermalize"]
 
@@ -119,10 +119,10 @@ def thermalize(
     three standard errors of it. If informed chains do not move, or still drift between the last two
     octaves, nothing can be said.
 
-    Informed chains keep, over problems, the means of `pushforward.sampling.identities` at all
-    times; fewer than one in 10,000 reports of a correct kernel reject any. Ranks of the teacher
-    among informed chains test the kernel, among uninformed chains its convergence as well (Talts et
-    al. 2018, arXiv 1804.06788).
+    Informed chains keep, over problems, the means of
+    `pushforward.sampling.thermalization.identities` at all times; fewer than one in 10,000 reports
+    of a correct kernel reject any. Ranks of the teacher among informed chains test the kernel,
+    among uninformed chains its convergence as well (Talts et al. 2018, arXiv 1804.06788).
 
     What it cannot see: errors of a kernel that move no watched mean by several standard errors over
     the problems. In a linear problem with eight parameters, noise that is 5 % too wide was found

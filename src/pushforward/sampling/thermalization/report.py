@@ -14,9 +14,9 @@ from uuid import uuid4
 import torch
 
 from pushforward.runs.estimate import to_jsonable
-from pushforward.sampling.identities import Identity
-from pushforward.sampling.rank_tests import RankTest
-from pushforward.sampling.verdict import Comparison, Plateau, Success, Verdict
+from pushforward.sampling.thermalization.identities import Identity
+from pushforward.sampling.thermalization.rank_tests import RankTest
+from pushforward.sampling.thermalization.verdict import Comparison, Plateau, Success, Verdict
 
 __all__ = ["InstanceResult", "LocalChecks", "ThermalizationReport", "write_json"]
 
@@ -268,7 +268,7 @@ class ThermalizationReport:
         OptionError
             When matplotlib is not installed.
         """
-        from pushforward.sampling.thermalization_plots import plot_thermalization
+        from pushforward.sampling.thermalization.plots import plot_thermalization
 
         return plot_thermalization(self)
 

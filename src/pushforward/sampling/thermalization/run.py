@@ -16,19 +16,19 @@ from torch import Tensor
 
 from pushforward.errors import DataError
 from pushforward.runs.rng import stream
-from pushforward.sampling.identities import (
+from pushforward.sampling.kernel import Kernel
+from pushforward.sampling.runner import sample
+from pushforward.sampling.thermalization.identities import (
     PREFIX,
     Statistic,
     WatchedKernel,
     identity_values,
     observe,
 )
-from pushforward.sampling.kernel import Kernel
-from pushforward.sampling.rank_tests import normalised_rank, thinned
-from pushforward.sampling.runner import sample
-from pushforward.sampling.teacher_student import Instance, Start, TeacherStudent
-from pushforward.sampling.thermalization_report import InstanceResult, LocalChecks
-from pushforward.sampling.verdict import compare, plateau, window_mean
+from pushforward.sampling.thermalization.rank_tests import normalised_rank, thinned
+from pushforward.sampling.thermalization.report import InstanceResult, LocalChecks
+from pushforward.sampling.thermalization.teacher_student import Instance, Start, TeacherStudent
+from pushforward.sampling.thermalization.verdict import compare, plateau, window_mean
 from pushforward.typing import Params
 
 __all__ = [

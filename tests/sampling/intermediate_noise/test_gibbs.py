@@ -18,17 +18,18 @@ from oracles.one_unit_networks import (
 )
 from pushforward.errors import DataError, OptionError, ShapeError
 from pushforward.runs.rng import stream
-from pushforward.sampling import gaussian_conditionals, gibbs_moves
-from pushforward.sampling.gibbs import gibbs
-from pushforward.sampling.gibbs_moves import (
+from pushforward.sampling.intermediate_noise import gaussian_conditionals
+from pushforward.sampling.intermediate_noise import moves as gibbs_moves
+from pushforward.sampling.intermediate_noise.gibbs import gibbs
+from pushforward.sampling.intermediate_noise.maps import Abs, Sign
+from pushforward.sampling.intermediate_noise.moves import (
     ClassMove,
     LatentMove,
     ParameterMove,
 )
-from pushforward.sampling.gibbs_scales import PrecisionMove, ScaleMove
-from pushforward.sampling.intermediate_noise import IntermediateNoiseNetwork
+from pushforward.sampling.intermediate_noise.network import IntermediateNoiseNetwork
+from pushforward.sampling.intermediate_noise.scales import PrecisionMove, ScaleMove
 from pushforward.sampling.noise import ChainNoise, Noise
-from pushforward.sampling.noisy_maps import Abs, Sign
 
 
 def numbers(*shape, name="data"):

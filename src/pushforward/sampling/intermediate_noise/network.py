@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pushforward.errors import DataError, NetworkError, OptionError
 from pushforward.networks.parameters import ParameterSpace, match_names
-from pushforward.sampling.noisy_maps import AffineMap, NoisyMap, PoolingMap, read_maps
+from pushforward.sampling.intermediate_noise.maps import AffineMap, NoisyMap, PoolingMap, read_maps
 from pushforward.typing import Params
 
 __all__ = ["IntermediateNoiseNetwork", "Noise", "laid", "sum_squares"]

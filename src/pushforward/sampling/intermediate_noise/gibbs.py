@@ -27,7 +27,8 @@ from torch import Tensor
 from pushforward.errors import DataError, OptionError, ShapeError
 from pushforward.networks.parameters import ParameterSpace
 from pushforward.runs.store import fingerprint
-from pushforward.sampling.gibbs_moves import (
+from pushforward.sampling.intermediate_noise.maps import ActivationMap, AffineMap
+from pushforward.sampling.intermediate_noise.moves import (
     ClassMove,
     LatentMove,
     LinkedMap,
@@ -36,11 +37,10 @@ from pushforward.sampling.gibbs_moves import (
     Values,
     linked_maps,
 )
-from pushforward.sampling.gibbs_scales import Hyperprior, PrecisionMove, ScaleMove
-from pushforward.sampling.intermediate_noise import IntermediateNoiseNetwork, sum_squares
+from pushforward.sampling.intermediate_noise.network import IntermediateNoiseNetwork, sum_squares
+from pushforward.sampling.intermediate_noise.scales import Hyperprior, PrecisionMove, ScaleMove
 from pushforward.sampling.kernel import Kernel, State
 from pushforward.sampling.noise import Noise, NoiseSize
-from pushforward.sampling.noisy_maps import ActivationMap, AffineMap
 from pushforward.typing import Params
 
 __all__ = ["Gibbs", "gibbs"]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from pushforward.errors import OptionError
-from pushforward.sampling.gamma_draws import gamma_quantile
-from pushforward.sampling.gibbs_moves import LinkedMap, Move, Values, per_chain
-from pushforward.sampling.intermediate_noise import sum_squares
+from pushforward.sampling.intermediate_noise.gamma_draws import gamma_quantile
+from pushforward.sampling.intermediate_noise.maps import AffineMap
+from pushforward.sampling.intermediate_noise.moves import LinkedMap, Move, Values, per_chain
+from pushforward.sampling.intermediate_noise.network import sum_squares
 from pushforward.sampling.noise import NoiseSize
-from pushforward.sampling.noisy_maps import AffineMap
 
 __all__ = ["Hyperprior", "PrecisionMove", "ScaleMove"]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.special import gammaincinv
 
-from pushforward.sampling.gamma_draws import gamma_quantile
+from pushforward.sampling.intermediate_noise.gamma_draws import gamma_quantile
 
 
 @pytest.mark.parametrize("shape", [0.5, 0.7, 1.0, 1.5, 3.0, 10.0, 100.0, 1e3, 1e4, 1e6])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pushforward.errors import OptionError
 
 if TYPE_CHECKING:
-    from pushforward.sampling.thermalization_report import ThermalizationReport
+    from pushforward.sampling.thermalization.report import ThermalizationReport
 
 __all__ = ["plot_thermalization"]
 

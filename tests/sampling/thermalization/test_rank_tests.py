@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from pushforward.sampling.rank_tests import judge_ranks, normalised_rank, thinned, uniformity
+from pushforward.sampling.thermalization.rank_tests import (
+    judge_ranks,
+    normalised_rank,
+    thinned,
+    uniformity,
+)
 
 PROBLEMS = 300
 

@@ -7,10 +7,10 @@ from torch import nn
 from pushforward.errors import DataError, OptionError
 from pushforward.networks.likelihoods import Bernoulli, Categorical, Gaussian
 from pushforward.networks.model import FunctionalModel
-from pushforward.sampling.gibbs import gibbs
-from pushforward.sampling.intermediate_noise import IntermediateNoiseNetwork
+from pushforward.sampling.intermediate_noise.gibbs import gibbs
+from pushforward.sampling.intermediate_noise.network import IntermediateNoiseNetwork
 from pushforward.sampling.noise import Noise
-from pushforward.sampling.teacher_student import TeacherStudent
+from pushforward.sampling.thermalization.teacher_student import TeacherStudent
 from thermalising import FEATURES, linear_posterior, linear_problem
 
 

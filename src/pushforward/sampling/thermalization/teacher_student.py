@@ -23,7 +23,7 @@ from pushforward.networks.model import FunctionalModel
 from pushforward.networks.parameters import ParameterSpace
 from pushforward.runs.rng import stream
 from pushforward.runs.store import fingerprint
-from pushforward.sampling.intermediate_noise import IntermediateNoiseNetwork
+from pushforward.sampling.intermediate_noise.network import IntermediateNoiseNetwork
 from pushforward.sampling.potential import NetworkPotential, Potential
 from pushforward.typing import Params
 

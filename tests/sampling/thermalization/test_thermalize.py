@@ -8,14 +8,18 @@ from torch import nn
 
 from pushforward.errors import DataError, OptionError, WeightsError
 from pushforward.networks.likelihoods import Categorical, Gaussian
-from pushforward.sampling import thermalization
-from pushforward.sampling.gibbs import gibbs
 from pushforward.sampling.hmc import HMC
-from pushforward.sampling.identities import identity_values, judge_identities, observe
-from pushforward.sampling.intermediate_noise import IntermediateNoiseNetwork
+from pushforward.sampling.intermediate_noise.gibbs import gibbs
+from pushforward.sampling.intermediate_noise.network import IntermediateNoiseNetwork
 from pushforward.sampling.mala import MALA
-from pushforward.sampling.teacher_student import TeacherStudent
-from pushforward.sampling.thermalization import thermalize
+from pushforward.sampling.thermalization import thermalize as thermalization
+from pushforward.sampling.thermalization.identities import (
+    identity_values,
+    judge_identities,
+    observe,
+)
+from pushforward.sampling.thermalization.teacher_student import TeacherStudent
+from pushforward.sampling.thermalization.thermalize import thermalize
 from thermalising import FEATURES, Relaxation, linear_posterior, linear_problem
 
 QUICK = {"budget": 32, "records": 32, "num_chains": 6, "progress": False}

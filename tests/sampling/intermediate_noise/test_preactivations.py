@@ -14,8 +14,8 @@ from scipy.special import ndtr, ndtri
 from oracles.elementwise_conditionals import ks_pvalue, log_integral, noisy_unit
 from pushforward.errors import OptionError, UnsupportedLayerError
 from pushforward.gaussians.activations import PiecewisePolynomial, identity
-from pushforward.sampling import preactivations
-from pushforward.sampling.preactivations import (
+from pushforward.sampling.intermediate_noise import preactivations
+from pushforward.sampling.intermediate_noise.preactivations import (
     PiecewiseLinear,
     sample_preactivations,
     segment_log_weights,

@@ -29,10 +29,10 @@ from pushforward.errors import DataError
 from pushforward.networks.likelihoods import Gaussian
 from pushforward.networks.model import FunctionalModel
 from pushforward.networks.parameters import ParameterSpace
-from pushforward.sampling.intermediate_noise import IntermediateNoiseNetwork
+from pushforward.sampling.intermediate_noise.network import IntermediateNoiseNetwork
 from pushforward.sampling.kernel import Kernel, State
 from pushforward.sampling.noise import Noise, NoiseSize
-from pushforward.sampling.teacher_student import Instance
+from pushforward.sampling.thermalization.teacher_student import Instance
 from pushforward.typing import Params
 
 __all__ = [

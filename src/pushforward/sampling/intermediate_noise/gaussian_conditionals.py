@@ -21,7 +21,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pushforward.sampling.convolutions import Convolution, block_means, spread_blocks
+from pushforward.sampling.intermediate_noise.convolutions import (
+    Convolution,
+    block_means,
+    spread_blocks,
+)
 
 __all__ = [
     "Variance",

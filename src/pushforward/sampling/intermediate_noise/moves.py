@@ -17,21 +17,26 @@ import torch
 from torch import Tensor
 
 from pushforward.gaussians.activations import Activation, PiecewisePolynomial
-from pushforward.sampling import gaussian_conditionals as gaussian
-from pushforward.sampling.class_latents import sample_class_latents
-from pushforward.sampling.convolutions import Convolution
-from pushforward.sampling.gaussian_conditionals import Variance
-from pushforward.sampling.intermediate_noise import (
+from pushforward.sampling.intermediate_noise import gaussian_conditionals as gaussian
+from pushforward.sampling.intermediate_noise.class_latents import sample_class_latents
+from pushforward.sampling.intermediate_noise.convolutions import Convolution
+from pushforward.sampling.intermediate_noise.gaussian_conditionals import Variance
+from pushforward.sampling.intermediate_noise.maps import (
+    ActivationMap,
+    AffineMap,
+    NoisyMap,
+    PoolingMap,
+)
+from pushforward.sampling.intermediate_noise.network import (
     IntermediateNoiseNetwork,
     laid,
 )
-from pushforward.sampling.noise import NoiseSize
-from pushforward.sampling.noisy_maps import ActivationMap, AffineMap, NoisyMap, PoolingMap
-from pushforward.sampling.preactivations import (
+from pushforward.sampling.intermediate_noise.preactivations import (
     PiecewiseLinear,
     sample_preactivations,
     update_preactivations_smooth,
 )
+from pushforward.sampling.noise import NoiseSize
 
 __all__ = [
     "ClassMove",

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pushforward.sampling.verdict import (
+from pushforward.sampling.thermalization.verdict import (
     Success,
     compare,
     overall_verdict,

@@ -11,8 +11,8 @@ from torch.func import grad, vmap
 
 from pushforward.errors import DataError, NetworkError, OptionError
 from pushforward.runs.rng import stream
-from pushforward.sampling.intermediate_noise import IntermediateNoiseNetwork
-from pushforward.sampling.noisy_maps import Abs, Sign
+from pushforward.sampling.intermediate_noise.maps import Abs, Sign
+from pushforward.sampling.intermediate_noise.network import IntermediateNoiseNetwork
 
 
 def numbers(*shape, name="data"):

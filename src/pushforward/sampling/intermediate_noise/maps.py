@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from pushforward.errors import NetworkError
 from pushforward.gaussians.activations import Activation, PiecewisePolynomial
 from pushforward.networks.activations import activation_of_module, register_activation
-from pushforward.sampling.convolutions import Convolution, block_means
+from pushforward.sampling.intermediate_noise.convolutions import Convolution, block_means
 
 __all__ = ["Abs", "ActivationMap", "AffineMap", "NoisyMap", "PoolingMap", "Sign", "read_maps"]
 
 _SUPPORTED = (
     "Linear, Conv2d (zero padding, one group, no dilation), AvgPool2d (stride equal to kernel), "
-    "Flatten, Identity, Abs and Sign of pushforward.sampling.noisy_maps, and elementwise "
-    "activations such as ReLU, LeakyReLU, Hardtanh, Tanh, GELU, SiLU, Sigmoid, Softplus"
+    "Flatten, Identity, Abs and Sign of pushforward.sampling.intermediate_noise.maps, and "
+    "elementwise activations such as ReLU, LeakyReLU, Hardtanh, Tanh, GELU, SiLU, Sigmoid, Softplus"
 )
 _IMAGE = 3
 

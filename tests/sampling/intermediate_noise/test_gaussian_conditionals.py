@@ -8,8 +8,12 @@ from torch.nn import functional
 
 from oracles.gaussian_conditionals import assert_same_law, law_of_draws
 from pushforward.runs.rng import stream
-from pushforward.sampling import gaussian_conditionals as gaussian
-from pushforward.sampling.convolutions import Convolution, block_means, spread_blocks
+from pushforward.sampling.intermediate_noise import gaussian_conditionals as gaussian
+from pushforward.sampling.intermediate_noise.convolutions import (
+    Convolution,
+    block_means,
+    spread_blocks,
+)
 
 NOISE, VARIANCE = 0.37, 0.61
 
@@ -154,7 +158,7 @@ def test_the_convolution_is_that_of_torch(geometry, monkeypatch):
         [torch_convolution(geometry, i, w) for i, w in zip(images, weight, strict=True)]
     )
     assert torch.allclose(geometry.apply(images, weight), expected, atol=1e-12)
-    monkeypatch.setattr("pushforward.sampling.convolutions._CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("pushforward.sampling.intermediate_noise.convolutions._CHUNK_ELEMENTS", 1)
     assert torch.allclose(geometry.apply(images, weight), expected, atol=1e-12)
     dense = geometry.dense(weight)
     flat = images.flatten(2) @ dense.mT
@@ -167,7 +171,9 @@ def test_the_convolution_is_that_of_torch(geometry, monkeypatch):
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("chunk", [1, 2**22])
 def test_filters_and_bias(geometry, bias, shared, chunk, monkeypatch):
-    monkeypatch.setattr("pushforward.sampling.convolutions._CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(
+        "pushforward.sampling.intermediate_noise.convolutions._CHUNK_ELEMENTS", chunk
+    )
     images = numbers(3, *geometry.input_shape)
     target = numbers(3, *geometry.output_shape, name="targets")
     precision = torch.tensor([1.7] * bias + [0.6] * geometry.patch, dtype=torch.float64)

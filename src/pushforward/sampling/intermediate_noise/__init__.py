@@ -1,0 +1,1 @@
+"""Networks with Gaussian noise behind every map, and their Gibbs sampler."""

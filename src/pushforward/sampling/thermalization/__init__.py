@@ -1,0 +1,1 @@
+"""Whether a sampler reaches the posterior: problems with a known draw, and a verdict."""
