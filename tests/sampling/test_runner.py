@@ -387,7 +387,6 @@ def other_density(parameters):
         ("seed", None, {"seed": 8}),
         ("num_chains", None, {"num_chains": 5}),
         ("num_warmup", None, {"num_warmup": 16}),
-        ("num_draws", None, {"num_draws": 21}),
         ("thin", None, {"thin": 1}),
         ("keep_parameters", None, {"keep_parameters": False}),
         ("recorded", None, {"record": None}),
@@ -404,6 +403,16 @@ def test_a_checkpoint_of_another_run_is_refused(key, kernel, options, tmp_path):
         run(kernel, checkpoint=tmp_path, **(LENGTH | options))
     # What was refused is not overwritten; how chains are chunked is no difference.
     assert_same(run(checkpoint=tmp_path, chunk_size=1, **LENGTH), run(**LENGTH))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_finished_run_is_extended(keep, tmp_path):
+    options = {"num_warmup": 7, "thin": 2, "keep_parameters": keep}
+    run(num_draws=9, checkpoint=tmp_path, **options)
+    longer = run(num_draws=31, checkpoint=tmp_path, **options)
+    assert_same(longer, run(num_draws=31, **options))
+    with pytest.raises(OptionError, match="already holds 31 draws"):
+        run(num_draws=30, checkpoint=tmp_path, **options)
 
 
 # --- what goes wrong -----------------------------------------------------------------------------

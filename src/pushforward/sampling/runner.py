@@ -85,7 +85,7 @@ def sample(
         Of all noise.
     checkpoint
         Folder for the state, saved about twice a minute; the same call goes on from there, to the
-        same draws bit for bit.
+        same draws bit for bit. A finished run is extended by asking for more draws.
     progress
         Whether to show a bar; None: on a terminal, when it takes long.
 
@@ -256,7 +256,6 @@ class _Run:
             "num_chains": num_chains,
             "chains": [self.chains.start, self.chains.stop],
             "num_warmup": self.num_warmup,
-            "num_draws": self.num_draws,
             "thin": self.thin,
             "keep_parameters": self.keep_parameters,
             "recorded": self.record is not None,
@@ -280,6 +279,12 @@ class _Run:
         if saved is None:
             return None
         tensors, plain = saved
+        if plain["step"] > self.total_steps:
+            raise OptionError(
+                f"the checkpoint already holds {self.draws_after(plain['step']):,} draws",
+                where="num_draws",
+                advice="Ask for as many or more, or choose another folder.",
+            )
         groups: dict[str, dict[str, Tensor]] = {"state": {}, "trace": {}, "moments": {}}
         for name, tensor in tensors.items():
             group, _, rest = name.partition(":")
