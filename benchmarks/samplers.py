@@ -57,7 +57,7 @@ def gaussian(size: int = 100) -> Target:
     return Target(
         f"Gaussian, {size} parameters",
         size,
-        lambda p: -0.5 * p["x"] @ matrix @ p["x"],
+        lambda p: -0.5 * ((p["x"] @ matrix) * p["x"]).sum(-1),
         lambda x: -0.5 * x @ precision @ x,
         np.zeros(size),
         std,
@@ -83,7 +83,10 @@ def logistic() -> Target:
     return Target(
         "logistic regression, 31 parameters",
         design.shape[1],
-        lambda p: torch.nn.functional.logsigmoid(matrix @ p["x"]).sum() - 0.5 * (p["x"] @ p["x"]),
+        lambda p: (
+            torch.nn.functional.logsigmoid(p["x"] @ matrix.T).sum(-1)
+            - 0.5 * p["x"].square().sum(-1)
+        ),
         jax_log_density,
     )
 
@@ -102,15 +105,16 @@ def network() -> Target:
     def parts(vector: Any) -> list[Any]:
         starts = [0, *ends[:-1]]
         return [
-            vector[start:end].reshape(shape)
+            vector[..., start:end].reshape(*vector.shape[:-1], *shape)
             for start, end, shape in zip(starts, ends, shapes, strict=True)
         ]
 
     def torch_log_density(p: dict[str, Tensor]) -> Tensor:
         w1, b1, w2, b2 = parts(p["x"])
-        scores = torch.tanh(x @ w1.T + b1) @ w2.T + b2
-        loss = torch.nn.functional.cross_entropy(scores, y, reduction="sum")
-        return -loss - 0.5 * (p["x"] @ p["x"])
+        hidden = torch.tanh(x @ w1.mT + b1[:, None])
+        scores = torch.log_softmax(hidden @ w2.mT + b2[:, None], -1)
+        chosen = scores[:, torch.arange(len(y)), y].sum(-1)
+        return chosen - 0.5 * p["x"].square().sum(-1)
 
     def jax_log_density(vector: Any) -> Any:
         import jax
@@ -128,7 +132,7 @@ def network() -> Target:
 
 def ours(target: Target, sampler: str, chains: int, warmup: int, draws: int) -> dict[str, Any]:
     start = {"x": torch.zeros(target.size, dtype=torch.float64)}
-    potential = pf.Potential.of_density(target.torch_log_density, start)
+    potential = pf.Potential.of_density(target.torch_log_density, start, batched=True)
     kernel = pf.NUTS(potential) if sampler == "NUTS" else pf.HMC(potential)
     began = perf_counter()
     run = pf.sample(

@@ -582,3 +582,22 @@ def test_opened_examples_are_taken_as_they_are():
     other = Potential.of_network(net, opened, pf.Categorical())
     assert json.dumps(other.identity()) == json.dumps(potential.identity())
     assert replace(other, batch_size=2).batch_uniforms == 2
+
+
+def test_a_density_of_all_chains_at_once():
+    start = {"a": torch.zeros(2, dtype=torch.float64), "b": torch.zeros((), dtype=torch.float64)}
+
+    def one(p):
+        return -(p["a"] ** 4).sum() - (p["b"] - 1) ** 2
+
+    def many(p):
+        return -(p["a"] ** 4).sum(-1) - (p["b"] - 1) ** 2
+
+    vectors = torch.randn(5, 3, dtype=torch.float64)
+    slow, fast = Potential.of_density(one, start), Potential.of_density(many, start, batched=True)
+    for ours, theirs in zip(
+        fast.value_and_gradient(vectors), slow.value_and_gradient(vectors), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+    with pytest.raises(OptionError, match=r"shape \(\)"):
+        Potential.of_density(lambda p: p["a"].sum(), start, batched=True).value(vectors)

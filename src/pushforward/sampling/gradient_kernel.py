@@ -45,6 +45,14 @@ class GradientKernel(Kernel):
 
     potential: Potential
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.potential, Potential):
+            raise OptionError(
+                f"{type(self.potential).__name__} is no potential",
+                where=self.name,
+                advice="Pass pf.Potential.of_network(net, data, likelihood), or of_density(...).",
+            )
+
     @property
     def space(self) -> ParameterSpace:
         """Of the potential."""
@@ -117,6 +125,7 @@ class AdaptiveKernel(GradientKernel):
     mass: str | Tensor = "diagonal"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.step_size is not None:
             require_positive(self.step_size, "step_size")
         if not 0 < self.target_acceptance < 1:

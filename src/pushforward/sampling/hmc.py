@@ -130,7 +130,7 @@ class HMC(AdaptiveKernel):
 
     def _counts(self, state: State) -> Int[Tensor, " chains"]:
         """How many steps the next trajectory of each chain has."""
-        fraction = ((state["turn"] + 1) * _GOLDEN).frac()
+        fraction = ((state["turn"] + 1).double() * _GOLDEN).frac()
         if self.trajectory_length is None:
             middle = self.num_steps or _DEFAULT_STEPS
             fewest = max(1, ceil(middle * (1 - self.jitter)))

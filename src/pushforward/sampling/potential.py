@@ -44,7 +44,10 @@ class Potential(ABC):
 
     @staticmethod
     def of_density(
-        log_density: Callable[[Params], Tensor], parameters: Mapping[str, Tensor]
+        log_density: Callable[[Params], Tensor],
+        parameters: Mapping[str, Tensor],
+        *,
+        batched: bool = False,
     ) -> DensityPotential:
         """The potential of any density.
 
@@ -56,6 +59,10 @@ class Potential(ABC):
         parameters
             Values with the names, shapes, dtype and device of its argument. Chains start around
             them when nobody says where.
+        batched
+            Whether the function takes the parameters of all chains, ``(chains, *shape)`` each, and
+            returns ``(chains,)``. It saves what `torch.func.vmap` costs in every call, which for
+            small densities is most of the time.
 
         Returns
         -------
@@ -69,7 +76,8 @@ class Potential(ABC):
         >>> normal.value(torch.ones(2, 3))
         tensor([1.5000, 1.5000], dtype=torch.float64)
         """
-        return DensityPotential(log_density, {k: v.detach() for k, v in parameters.items()})
+        values = {name: value.detach() for name, value in parameters.items()}
+        return DensityPotential(log_density, values, batched)
 
     @staticmethod
     def of_network(
@@ -309,10 +317,13 @@ class DensityPotential(Potential):
         From parameters by name to a number.
     parameters
         Around which chains start.
+    batched
+        Whether it is a function of all chains at once.
     """
 
     log_density: Callable[[Params], Tensor]
     parameters: Params
+    batched: bool = False
 
     @cached_property
     def space(self) -> ParameterSpace:
@@ -364,12 +375,16 @@ class DensityPotential(Potential):
         }
 
     def _energies(self, vectors: Tensor) -> Tensor:
-        values = vmap(self.log_density)(self.space.unravel(vectors))
-        if values.dim() != 1:
+        function = self.log_density if self.batched else vmap(self.log_density)
+        values = function(self.space.unravel(vectors))
+        if values.shape != vectors.shape[:1]:
+            shape = tuple(values.shape if self.batched else values.shape[1:])
             raise OptionError(
-                f"the log density has shape {tuple(values.shape[1:])}",
+                f"the log density has shape {shape}",
                 where="log_density",
-                advice="Return a number, a tensor of shape ().",
+                advice=f"Return one number a chain, {tuple(vectors.shape[:1])}."
+                if self.batched
+                else "Return a number, a tensor of shape ().",
             )
         return -values.double()
 
@@ -699,6 +714,19 @@ def _check_loss(model: FunctionalModel, examples: Examples, loss: Loss) -> None:
             f"the loss returned {shape} for {len(batch)} examples",
             where="loss",
             advice="Return one number an example: reduction='none', summed over outputs.",
+        )
+    # The classic is (B, 1) against (B,), which broadcasts every output against every target.
+    alone = loss(outputs[:1], batch.targets[:1])
+    if tuple(alone.shape) != (1,) or not torch.allclose(
+        alone, found[:1], 1e-3, 1e-6, equal_nan=True
+    ):
+        raise OptionError(
+            f"the loss of an example depends on the other examples: {float(found[0]):.4g} among "
+            f"{len(batch)}, {float(alone.flatten()[0]):.4g} alone",
+            where="loss",
+            advice=f"Check that outputs {tuple(outputs.shape)} and targets "
+            f"{tuple(batch.targets.shape)} do not broadcast against each other, and that nothing "
+            "is averaged over the batch.",
         )
     if not bool(torch.isfinite(found).all()):
         raise DataError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from pushforward.errors import OptionError, SamplingError, ShapeError
+from pushforward.errors import DataError, OptionError, PushforwardError, SamplingError, ShapeError
 from pushforward.runs.distributed import ProcessGrid
 from pushforward.runs.estimate import Check, Cost
 from pushforward.runs.plan import MemoryItem, Plan, available_memory
@@ -37,6 +37,7 @@ _SEGMENT_SECONDS = 0.5  # between looks at progress, at the clock and for dead c
 _CHUNK_BYTES = {"cpu": 2**30, "cuda": 2**33}
 _REJECTED = 0.01  # acceptance below which nothing moves
 _LOW_ACCEPTANCE = 0.2
+_ENOUGH_WARMUP = 150  # shorter ones leave few steps to find the step size again in a new scale
 
 
 def sample(
@@ -100,6 +101,8 @@ def sample(
         For an option out of range.
     ShapeError
         When `initial` does not fit.
+    DataError
+        When it is not finite.
     SamplingError
         When no chain is finite any more.
     ResourceError
@@ -121,6 +124,12 @@ def sample(
     torch.Size([4, 50, 2])
     """
     began = perf_counter()
+    if not isinstance(kernel, Kernel):
+        raise OptionError(
+            f"{kernel!r:.80} is no sampler",
+            where="kernel",
+            advice="Pass a kernel: pf.NUTS(potential), pf.HMC(potential), pf.gibbs(model, x, y).",
+        )
     for name, value, least in (
         ("num_draws", num_draws, 1),
         ("num_chains", num_chains, 1),
@@ -250,6 +259,8 @@ class _Run:
     def identity(self, num_chains: int, initial: Initial | None) -> dict[str, Any]:
         """What a checkpoint of this run belongs to."""
         begin = None if initial is None else fingerprint(_tensors_of(initial))
+        probe = torch.zeros(1, self.kernel.space.size, dtype=self.kernel.dtype)
+        probe = probe.to(self.kernel.device)
         return {
             "kernel": self.kernel.name,
             "target": self.kernel.identity(),
@@ -258,7 +269,7 @@ class _Run:
             "num_warmup": self.num_warmup,
             "thin": self.thin,
             "keep_parameters": self.keep_parameters,
-            "recorded": self.record is not None,
+            "recorded": str({n: tuple(v.shape[1:]) for n, v in self._recorded(probe).items()}),
             "initial": begin,
             "seed": self.seed,
         }
@@ -272,6 +283,7 @@ class _Run:
                 rows = {k: v[chains.start : chains.stop] for k, v in initial.items()}
             noise = self._noise(chunk, "start").at(0)
             states.append(self.kernel.start(rows, noise))
+        self._recorded(self.kernel.vectors(states[0])[:1])  # fail now, not after the warm-up
         return _Progress(0, _joined(states))
 
     def resumed(self, store: Checkpoint | None) -> _Progress | None:
@@ -352,7 +364,17 @@ class _Run:
     def _recorded(self, vectors: Tensor) -> Mapping[str, Tensor]:
         if self.record is None:
             return {}
-        found = vmap(self.record)(self.kernel.space.unravel(vectors))
+        try:
+            found = vmap(self.record)(self.kernel.space.unravel(vectors))
+        except PushforwardError:
+            raise
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise OptionError(
+                f"it cannot be evaluated: {error}",
+                where="record",
+                advice="Return tensors, by operations that torch.func.vmap understands: no .item(),"
+                " no float().",
+            ) from error
         named = found if isinstance(found, Mapping) else {"recorded": found}
         if not all(isinstance(value, Tensor) for value in named.values()):
             raise OptionError(
@@ -552,7 +574,9 @@ def _run_checks(
 
 def _acceptance_advice(mean: float, num_warmup: int) -> tuple[Any, str]:
     remedy = "Take a smaller step size" + (
-        "." if num_warmup else ", or a warm-up that finds one (num_warmup=1000)."
+        "."
+        if num_warmup >= _ENOUGH_WARMUP
+        else ", or a warm-up long enough to find one (num_warmup=1000)."
     )
     if mean < _REJECTED:
         return "fail", f"Nothing moves. {remedy}"
@@ -583,7 +607,7 @@ def _plan(run: _Run) -> Plan:
 def _tensors_of(initial: Initial) -> dict[str, Tensor]:
     if isinstance(initial, nn.Module):
         return {name: p.detach() for name, p in initial.named_parameters()}
-    return {name: value.detach() for name, value in initial.items()}
+    return {name: torch.as_tensor(value).detach() for name, value in initial.items()}
 
 
 def _expanded(kernel: Kernel, initial: Initial | None, num_chains: int) -> Params | None:
@@ -598,6 +622,8 @@ def _expanded(kernel: Kernel, initial: Initial | None, num_chains: int) -> Param
     ------
     ShapeError
         When a parameter is missing or does not fit.
+    DataError
+        When one is not finite.
     """
     if initial is None:
         return None
@@ -608,13 +634,20 @@ def _expanded(kernel: Kernel, initial: Initial | None, num_chains: int) -> Param
         given = {
             name: value[None].expand(num_chains, *value.shape) for name, value in given.items()
         }
-    for name, shape in shapes.items():
+    for name, shape in sorted(shapes.items(), key=lambda item: item[0] in given):  # missing first
         found = tuple(given[name].shape) if name in given else None
         if found != (num_chains, *shape):
             raise ShapeError(
                 "it is missing" if found is None else f"it has shape {found}",
                 where=f"initial, parameter {name}",
                 advice=f"Give a tensor of shape {shape}, or {(num_chains, *shape)} for all chains.",
+            )
+    for name, value in given.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise DataError(
+                "it holds NaN or infinite entries",
+                where=f"initial, parameter {name}",
+                advice="Start all chains from finite values.",
             )
     return {name: value.to(kernel.device) for name, value in given.items()}
 

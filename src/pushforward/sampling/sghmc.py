@@ -47,6 +47,7 @@ class MomentumKernel(GradientKernel):
     step_size: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(self.step_size, "step_size")
 
     @property

@@ -60,6 +60,7 @@ class SGLD(GradientKernel):
     preconditioner: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(self.step_size, "step_size")
         if self.preconditioner not in {None, "rmsprop"}:
             raise OptionError(

@@ -186,7 +186,7 @@ class ParameterMove(Move):
         self._repeats = ([1] if self._bias else []) + [item.fan_in]
         self._given = [model.precisions[name] for name in self._names]
         fixed = [
-            torch.full((size,), value)
+            torch.full((size,), value, dtype=torch.float64)
             for size, value in zip(self._repeats, self._given, strict=True)
         ]
         self._precision = torch.cat(fixed).to(x.device, torch.float64)

@@ -439,6 +439,13 @@ class IntermediateNoiseNetwork:
         DataError
             For shapes that do not fit, NaN, or labels out of range.
         """
+        for name, given in (("x", x), ("y", y)):
+            if not isinstance(given, Tensor):
+                raise DataError(
+                    f"it is {type(given).__name__}, not a tensor",
+                    where=name,
+                    advice="Convert it with torch.as_tensor; collect the batches of a loader.",
+                )
         if not x.is_floating_point() or x.dim() < 2 or not len(x):
             raise DataError(
                 f"inputs are {x.dtype} of shape {tuple(x.shape)}",
@@ -536,7 +543,9 @@ def _described(item: NoisyMap) -> dict[str, Any]:
 
 def _spread(value: float | Sequence[float], count: int, where: str) -> list[float]:
     """One variance for each of several maps."""
-    values = list(value) if isinstance(value, Sequence) else [value] * count
+    given: Any = value  # arrays and tensors are as good as lists
+    several = isinstance(given, Sequence) or getattr(given, "ndim", 0) > 0
+    values = list(given) if several else [given] * count
     numbers = [float(item) for item in values]
     if len(numbers) != count:
         raise OptionError(

@@ -111,6 +111,14 @@ class TeacherStudent:
             )
         for name, value in (("inputs", self.inputs), ("test_inputs", self.test_inputs)):
             _check_inputs(name, value)
+        if isinstance(self.inputs, Tensor) and isinstance(self.test_inputs, Tensor):
+            ours, theirs = _sort_of(self.inputs), _sort_of(self.test_inputs)
+            if ours != theirs:
+                raise DataError(
+                    f"they are {theirs}, the inputs {ours}",
+                    where="test_inputs",
+                    advice="Give both the same shape of an example, dtype and device.",
+                )
 
     # --- structure --------------------------------------------------------------------------------
 
@@ -498,6 +506,10 @@ def _first(rows: Params) -> Params:
 
 def _described(inputs: Tensor | int) -> Any:
     return fingerprint({"inputs": inputs}) if isinstance(inputs, Tensor) else inputs
+
+
+def _sort_of(inputs: Tensor) -> str:
+    return f"{inputs.dtype} {tuple(inputs.shape[1:])} on {inputs.device}"
 
 
 def _check_inputs(name: str, value: object) -> None:

@@ -264,7 +264,8 @@ def _kind(sampler: Any) -> str:
 
 
 def _checked_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
-    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    several = isinstance(seeds, Sequence) and not isinstance(seeds, str)
+    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds) if several else ()
     if not chosen or len(set(chosen)) < len(chosen):
         raise OptionError(
             f"{seeds!r} names no problems, or one of them twice",
