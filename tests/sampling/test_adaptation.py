@@ -41,8 +41,8 @@ def windows(total):
         (199, [(75, 148)]),
         (150, [(75, 99)]),
         (100, [(15, 89)]),
-        (20, [(3, 17)]),
-        (19, []),
+        (50, [(7, 44)]),
+        (49, []),
         (1, []),
     ],
 )
@@ -181,7 +181,7 @@ def test_scales_and_step_size_are_found(kind, warmup, low, high):
 @pytest.mark.parametrize(("kind", "power"), [(HMC, 1), (NUTS, 1), (MALA, 2)])
 def test_new_units_leave_the_steps_as_long_as_they_were(kind, power):
     potential = gaussian_potential(torch.zeros(12, dtype=F64), (SCALES**2).diag())
-    kernel, total = kind(potential), 30
+    kernel, total = kind(potential), 60
     state, generator = begin(kernel, 4)
     for step in range(total):
         before = state["scale"]
@@ -196,7 +196,7 @@ def test_new_units_leave_the_steps_as_long_as_they_were(kind, power):
 def test_what_is_learned_is_frozen(kind):
     potential = gaussian_potential(torch.zeros(3, dtype=F64), torch.eye(3, dtype=F64))
     kernel = kind(potential)
-    state, _, statistics = drive(kernel, 3, 40, 10)
+    state, _, statistics = drive(kernel, 3, 80, 10)
     assert bool((statistics["step_size"] == statistics["step_size"][:, :1]).all())
     first, _ = begin(kernel, 3)
     assert bool((state["scale"] != first["scale"]).any())

@@ -200,7 +200,9 @@ class ParameterSpace:
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def match_names(names: Sequence[str], patterns: str | Iterable[str]) -> tuple[str, ...]:
+def match_names(
+    names: Sequence[str], patterns: str | Iterable[str], *, where: str = "subset"
+) -> tuple[str, ...]:
     """Names that match any of several patterns.
 
     Parameters
@@ -210,6 +212,8 @@ def match_names(names: Sequence[str], patterns: str | Iterable[str]) -> tuple[st
     patterns
         Shell-style, ``*`` for any characters: ``"blocks.0.*"``, ``"*.lora_*"``; a pattern without
         wildcard also matches everything inside the module of that name.
+    where
+        How messages call the patterns.
 
     Returns
     -------
@@ -234,7 +238,7 @@ def match_names(names: Sequence[str], patterns: str | Iterable[str]) -> tuple[st
             shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
             raise OptionError(
                 f"{pattern!r} matches no parameter",
-                where="subset",
+                where=where,
                 advice=f"The parameters are {shown}.",
             )
         chosen |= found

@@ -38,7 +38,7 @@ _LARGEST_LOG_STEP = 80.0
 
 # Stan's lengths, in steps.
 _BEGINNING, _FIRST_WINDOW, _END = 75, 25, 50
-_FEWEST_STEPS = 20
+_FEWEST_STEPS = 50  # with fewer a scale would rest on a handful of draws, and cost the step size
 _PRIOR_DRAWS = 5.0  # weight of the common scale, in draws
 
 

@@ -681,7 +681,9 @@ def _precisions(space: ParameterSpace, given: float | Mapping[str, float]) -> Fl
                 where="prior_precision",
                 advice="Give a number from 0 on, in inverse squared units of the weights.",
             )
-        found |= dict.fromkeys(match_names(space.names, pattern), float(value))
+        found |= dict.fromkeys(
+            match_names(space.names, pattern, where="prior_precision"), float(value)
+        )
     missing = [name for name in space.names if name not in found]
     if missing:
         raise OptionError(

@@ -564,7 +564,8 @@ def _run_checks(
                 "no-divergences",
                 "warn" if share else "pass",
                 f"{100 * share:.3g} % of trajectories diverged" if share else "none diverged",
-                "Raise target_acceptance, or reparametrise: a region is not reached."
+                "A region is not reached. Take smaller steps (a larger target_acceptance, where "
+                "there is one), or reparametrise."
                 if share
                 else "",
             )

@@ -154,6 +154,8 @@ def _verdict(kernel_wrong=False, ranks_wrong=False, **counts):
 def test_every_verdict():
     assert _verdict(zero=(18, 2, 0), prior=(18, 1, 1)) == "PASS"
     assert _verdict(zero=(20, 0, 0), prior=(17, 3, 0)) == "NOT_CONVERGED"
+    assert _verdict(zero=(4, 0, 0), prior=(3, 1, 0)) == "INCONCLUSIVE"  # one is chance
+    assert _verdict(zero=(4, 0, 0), prior=(2, 2, 0)) == "NOT_CONVERGED"
     assert _verdict(zero=(17, 1, 2)) == "INCONCLUSIVE"
     assert _verdict(zero=(20, 0, 0), ranks_wrong=True) == "NOT_CONVERGED"
     assert _verdict(zero=(0, 20, 0), kernel_wrong=True) == "KERNEL_BUG"

@@ -72,7 +72,7 @@ def thermalize(
     seeds
         Of the problems: how many, or which.
     num_chains
-        From each start; four or more, for honest standard errors.
+        From each start; at least two, and four or more for honest standard errors.
     num_warmup
         Steps in which a kernel adapts, at most a quarter of the budget. Default: none for kernels
         that do not adapt, else a quarter. What is known in advance holds to the letter when nothing
@@ -289,7 +289,7 @@ def _check_options(
         raise OptionError(what, where=where, advice=advice)
 
     for name, value, least in (
-        ("num_chains", num_chains, 1),
+        ("num_chains", num_chains, 1 if kind == "draws" else 2),
         ("records", records, FEWEST_RECORDS),
         ("budget", budget, 1 if kind == "draws" else 2 * FEWEST_RECORDS),
     ):

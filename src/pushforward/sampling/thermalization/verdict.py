@@ -321,7 +321,8 @@ def overall_verdict(
     -------
     str
         ``"KERNEL_BUG"`` goes before all else: then nothing can be said of convergence.
-        ``"NOT_CONVERGED"`` when too many problems are away for any start, or by the ranks;
+        ``"NOT_CONVERGED"`` by the ranks, or when too many problems are away for any start: more
+        than `required` leaves, and more than one, since one in a hundred is away by chance.
         ``"PASS"`` when enough thermalised for every start; else ``"INCONCLUSIVE"``.
     """
     if kernel_wrong:
@@ -329,7 +330,8 @@ def overall_verdict(
     found = successes.values()
     # A fraction such as 0.9 of 10 must not fail by rounding.
     allowed = [s.total * (1 - required) + 1e-9 for s in found]
-    if ranks_wrong or any(s.away > most for s, most in zip(found, allowed, strict=True)):
+    away = [s.away > max(most, 1) for s, most in zip(found, allowed, strict=True)]
+    if ranks_wrong or any(away):
         return "NOT_CONVERGED"
     enough = [s.total - s.thermalized <= most for s, most in zip(found, allowed, strict=True)]
     return "PASS" if enough and all(enough) else "INCONCLUSIVE"
