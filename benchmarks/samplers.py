@@ -130,6 +130,13 @@ def network() -> Target:
     )
 
 
+TARGETS: dict[str, Callable[[], Target]] = {
+    "gaussian": gaussian,
+    "logistic": logistic,
+    "network": network,
+}
+
+
 def ours(target: Target, sampler: str, chains: int, warmup: int, draws: int) -> dict[str, Any]:
     start = {"x": torch.zeros(target.size, dtype=torch.float64)}
     potential = pf.Potential.of_density(target.torch_log_density, start, batched=True)
@@ -193,6 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--chains", type=int, default=16)
     parser.add_argument("--warmup", type=int, default=500)
     parser.add_argument("--draws", type=int, default=500)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--quick", action="store_true", help="the Gaussian, few draws")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for samplers.json")
     options = parser.parse_args(argv)
@@ -205,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
 
         jax.config.update("jax_enable_x64", True)
     warmup, draws = (50, 50) if options.quick else (options.warmup, options.draws)
-    targets = [gaussian(20)] if options.quick else [gaussian(), logistic(), network()]
+    targets = [gaussian(20)] if options.quick else [TARGETS[name]() for name in options.targets]
     rows = []
     print(f"{'target':36}{'sampler':16}{'seconds':>9}{'ESS':>8}{'ESS/s':>9}{'R-hat':>8}")
     for target in targets:

@@ -129,8 +129,7 @@ def measure(options: LargeNetwork) -> dict[str, Any]:
     state = advance(state, product, precondition)
     timed("two products", began)
     began = perf_counter()
-    forms = (state.solution * linear.product(state.solution)).sum(1)
-    gamma = float(forms.mean())
+    (state.solution * linear.product(state.solution)).sum(1)
     timed("effective dimension", began)
     one_pass = (seconds["two products"] + seconds["effective dimension"]) / 3
     per_image = one_pass / options.images
@@ -146,7 +145,6 @@ def measure(options: LargeNetwork) -> dict[str, Any]:
         "seconds": seconds,
         "seconds a pass": one_pass,
         "seconds an image and draw": per_image / options.draws,
-        "effective dimension of the few images": gamma,
         "bytes before the network": before,
         "bytes with the network": network_bytes,
         "peak bytes": _peak(device),

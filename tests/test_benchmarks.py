@@ -132,3 +132,34 @@ def test_laplace_reports_a_rival_that_fails(benchmark, tmp_path):
     script.write_problem(case, tmp_path)
     row = script.measure(sys.executable, case, "laplace-torch", "full", tmp_path, 1)
     assert "laplace" in row["failure"]
+
+
+def test_gibbs_counts_sweeps(benchmark, tmp_path, capsys):
+    script = benchmark("gibbs")
+    assert script.main(["--quick", "--seconds", "0.1", "--output", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "gibbs.json").read_text("utf-8"))
+    (row,) = report["chain-sweeps per second"]
+    assert row["ours"] > row["chains"]
+    assert "n=30 d=2 K=2, 128 chains" in capsys.readouterr().out
+
+
+def test_samplers_are_judged_by_effective_draws(benchmark, tmp_path):
+    script = benchmark("samplers")
+    assert script.main(["--quick", "--chains", "2", "--output", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "samplers.json").read_text("utf-8"))["runs"]
+    assert [row["sampler"] for row in rows] == ["NUTS", "HMC"]
+    assert all(row["effective"] > 0 and row["largest z of a mean"] < 10 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "logistic", "network"])
+def test_a_target_is_one_density_in_both_forms(benchmark, name):
+    script = benchmark("samplers")
+    target = script.TARGETS[name]()
+    points = 0.1 * torch.randn(3, target.size, dtype=torch.float64)
+    together = target.torch_log_density({"x": points})
+    assert together.shape == (3,)
+    alone = torch.cat([target.torch_log_density({"x": point[None]}) for point in points])
+    torch.testing.assert_close(together, alone)
+    if name == "gaussian":
+        theirs = torch.tensor([target.jax_log_density(point.numpy()) for point in points])
+        torch.testing.assert_close(together, theirs.double())

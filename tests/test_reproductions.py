@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -352,3 +353,49 @@ def test_uncertainty_of_a_tiny_run(script, folder, tmp_path):
     table = (output / "lenet.md").read_text()
     assert all(f" {name} |" in table for name in result["scores"])
     assert (output / "lenet-0-posterior.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("network", "sampler"),
+    [("mlp", "gibbs"), ("mlp", "hmc"), ("mlp", "mala"), ("cnn", "gibbs"), ("cnn", "mala")],
+)
+def test_posteriors_of_a_few_digits(network, sampler, folder, tmp_path, capsys):
+    module = importlib.import_module("reproductions.mnist_posterior")
+    arguments = ["--network", network, "--sampler", sampler, "--steps", "4", "--every", "2"]
+    arguments += ["--leapfrogs", "3", "--output", str(tmp_path), "--data-dir", str(folder)]
+    assert module.main(arguments) == 0
+    (path,) = tmp_path.glob(f"{network}-{sampler}-*.json")
+    result = json.loads(path.read_text("utf-8"))
+    assert result["steps"] == [2, 4]
+    assert all(0 <= error <= 1 for error in result["test error"])
+    assert result["training images"] == TRAIN
+    assert "2 steps  test error" in capsys.readouterr().out
+
+
+def test_the_posterior_of_digits_is_the_published_one(folder, tmp_path):
+    """Cross-entropy over twice the noise, and prior precisions equal to the fan-in."""
+    module = importlib.import_module("reproductions.mnist_posterior")
+    net = module.build("mlp").double()
+    x, y = torch.randn(6, 1, 28, 28, dtype=torch.float64), torch.arange(6)
+    options = module.MnistPosterior(sampler="hmc", output=tmp_path, data_dir=folder)
+    kernel, initial = module._kernel(options, net, x, y, noise=2.0)
+    weights = {name: value[0] for name, value in initial.items()}
+    loss = torch.nn.functional.cross_entropy(
+        torch.func.functional_call(net, weights, (x,)), y, reduction="sum"
+    )
+    prior = 784 * (weights["1.weight"].square().sum() + weights["1.bias"].square().sum())
+    prior += 12 * (weights["3.weight"].square().sum() + weights["3.bias"].square().sum())
+    vector = kernel.potential.space.ravel(initial)
+    torch.testing.assert_close(kernel.potential.value(vector)[0], loss / 4 + prior / 2)
+
+
+def test_a_large_network_in_small(tmp_path, capsys):
+    module = importlib.import_module("reproductions.large_network")
+    output = tmp_path / "result.json"
+    arguments = ["--images", "1", "--draws", "1", "--size", "32", "--output", str(output)]
+    assert module.main(arguments) == 0
+    result = json.loads(output.read_text("utf-8"))
+    assert result["parameters"] == 25_503_912
+    assert result["peak bytes"] > 5 * 4 * result["parameters"]
+    assert result["seconds a pass"] > 0
+    assert "a round over 1,281,167 images, extrapolated" in capsys.readouterr().out

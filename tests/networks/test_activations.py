@@ -20,6 +20,8 @@ from pushforward.networks.activations import (
 )
 
 MODULES = [
+    registry.Abs(),
+    registry.Sign(),
     nn.ReLU(),
     nn.ReLU(inplace=True),
     nn.ReLU6(),

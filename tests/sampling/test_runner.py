@@ -304,8 +304,11 @@ def test_moments_go_on_as_well(after, tmp_path):
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_ctrl_c_returns_the_draws_until_then(keep, tmp_path, monkeypatch):
+def test_ctrl_c_returns_the_draws_until_then(keep, tmp_path, monkeypatch, request):
     monkeypatch.setattr(runner, "_SEGMENT_SECONDS", 0.0)
+    # A shell starts jobs in the background deaf to Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     options = LENGTH | {"keep_parameters": keep}
     expected = run(**options)
     kernel = stopping(15 + 2 * 9 + 1, lambda: signal.raise_signal(signal.SIGINT))

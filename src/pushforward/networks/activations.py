@@ -25,6 +25,8 @@ from pushforward.errors import OptionError, UnsupportedLayerError
 from pushforward.gaussians.activations import Activation, PiecewisePolynomial, SmoothActivation
 
 __all__ = [
+    "Abs",
+    "Sign",
     "activation_of_call",
     "activation_of_module",
     "is_activation_module",
@@ -36,6 +38,23 @@ _NO_SOFTPLUS_STEP = 20.0
 
 ModuleRule = Callable[[Any], Activation | None]
 CallRule = Callable[..., Activation | None]
+
+
+class Abs(nn.Module):
+    """The absolute value as a module, for an `nn.Sequential`; torch has none."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Apply it elementwise."""
+        return z.abs()
+
+
+class Sign(nn.Module):
+    """The sign as a module, for an `nn.Sequential`; torch has none."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Apply it elementwise."""
+        return z.sign()
+
 
 _MODULES: dict[type[nn.Module], ModuleRule] = {}
 _CALLS: dict[Any, CallRule] = {}
@@ -287,6 +306,8 @@ def _register_defaults() -> None:
         (nn.Softsign, module(softsign)),
         (nn.LogSigmoid, module(logsigmoid)),
         (nn.Tanhshrink, module(tanhshrink)),
+        (Abs, module(_abs)),
+        (Sign, module(_sign)),
     ]
     calls: list[tuple[tuple[Any, ...], CallRule]] = [
         ((functional.relu, torch.relu, torch.relu_, "relu", "relu_"), _relu),

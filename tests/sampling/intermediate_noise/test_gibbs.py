@@ -17,11 +17,11 @@ from oracles.one_unit_networks import (
     three_class_probit,
 )
 from pushforward.errors import DataError, OptionError, ShapeError
+from pushforward.networks.activations import Abs, Sign
 from pushforward.runs.rng import stream
 from pushforward.sampling.intermediate_noise import gaussian_conditionals
 from pushforward.sampling.intermediate_noise import moves as gibbs_moves
 from pushforward.sampling.intermediate_noise.gibbs import gibbs
-from pushforward.sampling.intermediate_noise.maps import Abs, Sign
 from pushforward.sampling.intermediate_noise.moves import (
     ClassMove,
     LatentMove,

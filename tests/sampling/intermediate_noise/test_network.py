@@ -10,8 +10,8 @@ from torch.distributions import Normal
 from torch.func import grad, vmap
 
 from pushforward.errors import DataError, NetworkError, OptionError
+from pushforward.networks.activations import Abs, Sign
 from pushforward.runs.rng import stream
-from pushforward.sampling.intermediate_noise.maps import Abs, Sign
 from pushforward.sampling.intermediate_noise.network import IntermediateNoiseNetwork
 
 

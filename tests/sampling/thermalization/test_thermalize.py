@@ -89,7 +89,7 @@ def test_chains_that_never_move_do_not_pass():
 @pytest.mark.statistical
 def test_a_slow_kernel_needs_its_budget():
     """With this noise the zero start is some forty posterior standard deviations away."""
-    settings = {"seeds": 12, "num_chains": 12, "records": 64, "starts": ("informed", "zero")}
+    settings = {"seeds": 6, "num_chains": 12, "records": 64, "starts": ("informed", "zero")}
     problem, sampler = linear_problem(noise=0.001), _relaxation(memory=0.9)
     short = thermalize(problem, sampler, budget=40, **settings)
     long = thermalize(problem, sampler, budget=640, **settings)

@@ -9,42 +9,21 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from pushforward.errors import NetworkError
 from pushforward.gaussians.activations import Activation, PiecewisePolynomial
-from pushforward.networks.activations import activation_of_module, register_activation
+from pushforward.networks.activations import activation_of_module
 from pushforward.sampling.intermediate_noise.convolutions import Convolution, block_means
 
-__all__ = ["Abs", "ActivationMap", "AffineMap", "NoisyMap", "PoolingMap", "Sign", "read_maps"]
+__all__ = ["ActivationMap", "AffineMap", "NoisyMap", "PoolingMap", "read_maps"]
 
 _SUPPORTED = (
     "Linear, Conv2d (zero padding, one group, no dilation), AvgPool2d (stride equal to kernel), "
-    "Flatten, Identity, Abs and Sign of pushforward.sampling.intermediate_noise.maps, and "
-    "elementwise activations such as ReLU, LeakyReLU, Hardtanh, Tanh, GELU, SiLU, Sigmoid, Softplus"
+    "Flatten, Identity, Abs and Sign of pushforward.networks.activations, and elementwise "
+    "activations such as ReLU, LeakyReLU, Hardtanh, Tanh, GELU, SiLU, Sigmoid, Softplus"
 )
 _IMAGE = 3
-
-
-class Abs(nn.Module):
-    """The absolute value as a module, for an `nn.Sequential`."""
-
-    def forward(self, z: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Apply it elementwise."""
-        return z.abs()
-
-
-class Sign(nn.Module):
-    """The sign as a module, for an `nn.Sequential`."""
-
-    def forward(self, z: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Apply it elementwise."""
-        return z.sign()
-
-
-register_activation(Abs, lambda _: PiecewisePolynomial("abs", (0.0,), ((0.0, -1.0), (0.0, 1.0))))
-register_activation(Sign, lambda _: PiecewisePolynomial("sign", (0.0,), ((-1.0,), (1.0,))))
 
 
 @dataclass(frozen=True)
