@@ -198,3 +198,25 @@ def test_seeds_of_another_kind_are_refused(seeds):
 def test_test_inputs_that_are_not_like_the_inputs_are_refused(test_inputs):
     with pytest.raises(DataError, match=r"^test_inputs: they are"):
         pf.TeacherStudent(noisy(), X, test_inputs)
+
+
+@pytest.mark.parametrize("returned", [None, 3.0, {"weight": "abc"}])
+def test_a_foreign_sampler_that_returns_nonsense(returned):
+    problem = pf.TeacherStudent(
+        torch.nn.Sequential(torch.nn.Linear(2, 1)).double(), 10, 20, likelihood=pf.Gaussian(0.5)
+    )
+    with pytest.raises(DataError, match="what the sampler returned"):
+        pf.thermalize(problem, lambda _instance, _count, _seed: returned, budget=8, seeds=2)
+
+
+def test_a_foreign_sampler_may_return_arrays():
+    problem = pf.TeacherStudent(
+        torch.nn.Sequential(torch.nn.Linear(2, 1)).double(), 10, 20, likelihood=pf.Gaussian(0.5)
+    )
+
+    def prior(_instance, count, seed):
+        numbers = np.random.default_rng(seed % 2**32)
+        return {"0.weight": numbers.normal(size=(count, 1, 2)), "0.bias": np.zeros((count, 1))}
+
+    report = pf.thermalize(problem, prior, budget=16, seeds=2)
+    assert len(report.instances) == 2

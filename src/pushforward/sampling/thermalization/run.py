@@ -247,7 +247,7 @@ def _foreign_traces(
     run = cast(TrajectorySampler, plan.sampler)
     total = plan.num_chains * len(plan.starts)
     seed = plan.chain_seed(instance.seed, "chains")
-    values = dict(run(instance, _initial(plan, instance), total, plan.budget, seed))
+    values = _returned(run(instance, _initial(plan, instance), total, plan.budget, seed))
     draws = _check_draws(instance, values, (total,), 2)
     kept = torch.linspace(0, draws - 1, min(draws, plan.records), dtype=torch.float64)
     at = kept.round().long()
@@ -272,7 +272,7 @@ def _foreign_traces(
 def _ranked_draws(plan: Plan, instance: Instance, began: float) -> InstanceResult:
     draw = cast(DrawSampler, plan.sampler)
     count = min(plan.budget, _DRAWS)
-    values = dict(draw(instance, count, plan.chain_seed(instance.seed, "draws")))
+    values = _returned(draw(instance, count, plan.chain_seed(instance.seed, "draws")))
     _check_draws(instance, values, (), 1)
     found = _observed(plan, instance, {name: value.detach() for name, value in values.items()})
     trace = _Trace({n: v[None] for n, v in found.items()}, torch.empty(0), None)
@@ -441,6 +441,29 @@ def _initial(plan: Plan, instance: Instance) -> Params:
 def _rows(plan: Plan) -> dict[str, slice]:
     size = plan.num_chains
     return {start: slice(i * size, (i + 1) * size) for i, start in enumerate(plan.starts)}
+
+
+def _returned(values: Any) -> Params:
+    """What a foreign sampler returned, arrays of NumPy as tensors.
+
+    Returns
+    -------
+    dict
+        By name.
+
+    Raises
+    ------
+    DataError
+        For anything but arrays by name.
+    """
+    try:
+        return {str(name): torch.as_tensor(value) for name, value in values.items()}
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"got {type(values).__name__}: {error}",
+            where="what the sampler returned",
+            advice="Return the parameters by name, tensors or arrays: {'0.weight': ...}.",
+        ) from error
 
 
 def _check_draws(
