@@ -40,6 +40,10 @@ KERNELS = {
     "MALA": MALA,
     "MALA, fixed": lambda p: MALA(p, step_size=0.3, mass=torch.tensor([1.0, 0.5, 0.2])),
     "SGLD": lambda p: SGLD(p, step_size=0.02),
+    "SGLD, averaged noise": lambda p: SGLD(p, step_size=0.02, averaged_noise=True),
+    "SGLD, tensor": lambda p: SGLD(
+        p, step_size=0.02, preconditioner=torch.full((p.space.size,), 0.5, dtype=p.dtype)
+    ),
     "SGLD, rmsprop": lambda p: SGLD(p, step_size=0.02, preconditioner="rmsprop"),
     "SGHMC": lambda p: SGHMC(p, step_size=0.1, friction=1.0),
     "SGNHT": lambda p: SGNHT(p, step_size=0.1, diffusion=1.0),

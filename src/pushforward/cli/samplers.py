@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pushforward.cli.options import Likelihood, SamplerName, SamplerOptions
 from pushforward.errors import NetworkError, OptionError
-from pushforward.networks.data import Examples
 from pushforward.networks.likelihoods import Likelihood as TargetLikelihood
 from pushforward.networks.likelihoods import likelihood_from_config
 from pushforward.networks.model import FunctionalModel
 from pushforward.report.formatting import number
 from pushforward.runs.rng import stream
+from pushforward.sampling.curvature import largest_curvature
 from pushforward.sampling.hmc import HMC
 from pushforward.sampling.intermediate_noise.network import IntermediateNoiseNetwork
 from pushforward.sampling.kernel import Kernel
 from pushforward.sampling.mala import MALA
+from pushforward.sampling.network_potential import NetworkPotential
 from pushforward.sampling.nuts import NUTS
-from pushforward.sampling.potential import NetworkPotential, Potential
+from pushforward.sampling.potential import Potential
 from pushforward.sampling.sghmc import SGHMC
 from pushforward.sampling.sgld import SGLD
 from pushforward.sampling.sgnht import SGNHT
@@ -348,41 +349,17 @@ def _suited(options: SamplerOptions, parameters: int, examples: int) -> tuple[Sa
 
 
 def _largest_curvature(potential: NetworkPotential, seed: int, *, near_weights: bool) -> float:
-    """Power iteration on differences of gradients, at several points side by side."""
-    potential = _on_few(potential)
+    """At several points side by side."""
+    potential = potential.on_part(_PROBED)
     generator = stream(seed, "curvature")
     size, like = potential.space.size, potential.model.vector
     normals = torch.randn(2 * _POINTS, size, generator=generator, dtype=torch.float64)
     normals = normals.to(like)
     points = potential.prior_precision.clamp(min=1e-12).rsqrt() * normals[:_POINTS]
     points[: _POINTS if near_weights else 1] = like
-    directions = _unit(normals[_POINTS:])
-    _, here = potential.value_and_gradient(points)
-    reach = torch.finfo(like.dtype).eps ** 0.5 * (1 + points.norm(dim=1, keepdim=True))
-    largest = torch.ones(_POINTS, dtype=torch.float64)
-    for _ in range(_ROUNDS):
-        _, there = potential.value_and_gradient(points + reach * directions)
-        change = (there - here) / reach
-        largest = change.norm(dim=1).double().cpu()
-        directions = _unit(change)
+    largest = largest_curvature(potential, points, normals[_POINTS:])
     finite = largest[torch.isfinite(largest)]
     return max(float(finite.max()) if len(finite) else 1.0, 1e-12)
-
-
-def _on_few(potential: NetworkPotential) -> NetworkPotential:
-    """The same energy, estimated from some of the examples, without minibatches."""
-    count = len(potential.examples)
-    if count <= _PROBED:
-        return replace(potential, batch_size=None)
-    at = torch.linspace(0, count - 1, _PROBED, dtype=torch.float64).round().long()
-    batch = potential.examples.select(at)
-    few = Examples.read((batch.inputs, batch.targets), device=potential.device)
-    weight = potential.inverse_temperature * count / _PROBED
-    return replace(potential, examples=few, inverse_temperature=weight, batch_size=None)
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    return vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-30)
 
 
 def precisions_of(model: FunctionalModel, options: SamplerOptions) -> float | Mapping[str, float]:

@@ -206,7 +206,7 @@ class Thermalize:
 
         from pushforward.cli import samplers
         from pushforward.sampling.intermediate_noise.gibbs import gibbs
-        from pushforward.sampling.potential import NetworkPotential
+        from pushforward.sampling.network_potential import NetworkPotential
 
         options = self.kernel
         first = problem.instance(0)

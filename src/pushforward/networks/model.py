@@ -53,7 +53,8 @@ class FunctionalModel:
     """
 
     function: Callable[[Params, Inputs], Any]
-    parameters: Params
+    # Not shown: vmap asks what it is given for its repr, and tensors take long to print.
+    parameters: Params = field(repr=False)
     name: str = "net"
     left_out: Mapping[str, str] = field(default_factory=dict)
     frozen: Params = field(default_factory=dict, repr=False)

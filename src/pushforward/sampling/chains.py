@@ -64,6 +64,9 @@ class Chains:
         Its target and settings, as fingerprints and numbers.
     num_warmup, thin, seed
         Of the run.
+    last
+        ``(chain, *shape)`` by name: where the chains are now; ``initial=chains.last`` begins
+        another run there.
     run_checks
         What happened during the run.
     cost
@@ -82,6 +85,7 @@ class Chains:
     num_warmup: int
     thin: int
     seed: int
+    last: Params = field(repr=False, metadata={"json": False})
     run_checks: tuple[Check, ...]
     cost: Cost
 

@@ -523,6 +523,7 @@ def _assembled(
         num_warmup=run.num_warmup,
         thin=run.thin,
         seed=run.seed,
+        last=space.unravel(grid.gather_draws(kernel.vectors(progress.state))),
         run_checks=_run_checks(run, count, alive, parts["statistic"]),
         cost=Cost(0.0, seconds, progress.step * num_chains),
     )

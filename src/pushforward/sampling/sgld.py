@@ -4,6 +4,10 @@ Welling and Teh (2011), at a constant step size, in the convention ``w <- w - (e
 + sqrt(eps G) N``. On a direction of curvature ``a`` its stationary variance is exactly
 `sgld_stationary_variance`, so the bias is of order ``eps a / 4`` and is largest where the posterior
 is narrowest.
+
+Noise that is averaged over two steps, ``(N_k + N_{k+1}) / 2``, takes that bias away at no cost: the
+variance on a quadratic is then exactly ``1 / a`` at every stable step size. Leimkuhler and Matthews
+(2013) derive it as the limit of large friction of an integrator with a momentum.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pushforward.errors import OptionError
+from pushforward.runs.store import fingerprint
 from pushforward.sampling.gradient_kernel import GradientKernel, require_positive
 from pushforward.sampling.kernel import State
 from pushforward.sampling.noise import Noise, NoiseSize
@@ -41,11 +46,14 @@ class SGLD(GradientKernel):
     step_size
         ``eps``: the variance of the noise of a step.
     preconditioner
-        None, or ``"rmsprop"``: parameters with small gradients make larger steps. ``G`` is the mean
-        root mean square gradient over that of each parameter, damped and hence at most 11; it is 1
-        where all gradients are alike, so the step size keeps its meaning. It is learned in the
-        warm-up and then frozen: one that went on learning would need a correction that is usually
-        left out, and biases even a Gaussian.
+        ``G``: None, a tensor ``(P,)`` of positive numbers, or ``"rmsprop"``: parameters with small
+        gradients make larger steps. It is then the mean root mean square gradient over that of each
+        parameter, damped and hence at most 11; it is 1 where all gradients are alike, so the step
+        size keeps its meaning. It is learned in the warm-up and then frozen: one that went on
+        learning would need a correction that is usually left out, and biases even a Gaussian.
+    averaged_noise
+        Whether the noise of a step is the mean of two, each shared with a neighbouring step, so
+        that draws are exact on quadratics.
 
     Raises
     ------
@@ -57,22 +65,33 @@ class SGLD(GradientKernel):
 
     _: KW_ONLY
     step_size: float
-    preconditioner: str | None = None
+    preconditioner: str | Float[Tensor, " P"] | None = None
+    averaged_noise: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self.step_size, "step_size")
-        if self.preconditioner not in {None, "rmsprop"}:
+        given = self.preconditioner
+        if isinstance(given, Tensor):
+            good = given.shape == (self.space.size,) and given.is_floating_point()
+            if not (good and bool((torch.isfinite(given) & (given > 0)).all())):
+                raise OptionError(
+                    f"a tensor {tuple(given.shape)} that is no diagonal preconditioner",
+                    where="preconditioner",
+                    advice=f"Give {self.space.size:,} positive numbers.",
+                )
+        elif given not in {None, "rmsprop"}:
             raise OptionError(
                 f"there is no preconditioner {self.preconditioner!r}",
                 where="preconditioner",
-                advice="Choose 'rmsprop', or None.",
+                advice="Choose 'rmsprop', give a tensor, or None.",
             )
 
     @property
     def start_size(self) -> NoiseSize:
-        """A start of the potential and a first batch."""
-        return NoiseSize(self.potential.start_normals, self.potential.batch_uniforms)
+        """A start of the potential, a first batch, and the noise that the first step shares."""
+        shared = self.space.size if self.averaged_noise else 0
+        return NoiseSize(self.potential.start_normals + shared, self.potential.batch_uniforms)
 
     @property
     def noise_size(self) -> NoiseSize:
@@ -81,7 +100,11 @@ class SGLD(GradientKernel):
 
     @property
     def _held_vectors(self) -> int:
-        return 5 if self.preconditioner is None else 8
+        return 5 + 3 * self._learns + self.averaged_noise
+
+    @property
+    def _learns(self) -> bool:
+        return isinstance(self.preconditioner, str)
 
     def start(self, initial: Params | None, noise: Noise) -> State:
         """Chains where the potential starts them, with the gradient of a first batch."""
@@ -89,7 +112,9 @@ class SGLD(GradientKernel):
         vectors = self.potential.start(initial, noise.normals[:, :own])
         value, gradient = self.potential.stochastic_value_and_gradient(vectors, noise.uniforms)
         state = {"vectors": vectors, "gradient": gradient, "potential": value}
-        if self.preconditioner is not None:
+        if self.averaged_noise:
+            state["noise"] = noise.normals[:, own:]
+        if self._learns:
             state["squares"] = torch.zeros_like(vectors)
             state["preconditioner"] = torch.ones_like(vectors)
         return state
@@ -98,18 +123,22 @@ class SGLD(GradientKernel):
         """One step of every chain, and the gradient of a fresh batch where it leads."""
         vectors, gradient = state["vectors"], state["gradient"]
         size, drift, diffusion = self.step_size, gradient, noise.normals
-        if self.preconditioner is not None:
-            factor = state["preconditioner"]
+        moved = {}
+        if self.averaged_noise:
+            diffusion = 0.5 * (state["noise"] + noise.normals)
+            moved["noise"] = noise.normals
+        factor = state["preconditioner"] if self._learns else self.preconditioner
+        if isinstance(factor, Tensor):
             drift, diffusion = drift * factor, diffusion * factor.sqrt()
         vectors = torch.add(vectors, drift, alpha=-0.5 * size)
         vectors = torch.add(vectors, diffusion, alpha=size**0.5)
         value, gradient = self.potential.stochastic_value_and_gradient(vectors, noise.uniforms)
-        return state | {"vectors": vectors, "gradient": gradient, "potential": value}
+        return state | moved | {"vectors": vectors, "gradient": gradient, "potential": value}
 
     def warm_up(self, state: State, noise: Noise, step: int, total: int) -> State:  # noqa: ARG002
         """Move every chain once, and learn the preconditioner."""
         state = self.step(state, noise)
-        if self.preconditioner is None:
+        if not self._learns:
             return state
         # A running mean that weighs its first steps equally, then forgets.
         weight = 1 / min(step + 1, _MEMORY)
@@ -125,7 +154,12 @@ class SGLD(GradientKernel):
         return gradient_statistics(state, self.step_size)
 
     def _settings(self) -> dict[str, Any]:
-        return {"step_size": self.step_size, "preconditioner": self.preconditioner}
+        given = self.preconditioner
+        return {
+            "step_size": self.step_size,
+            "preconditioner": fingerprint({"G": given}) if isinstance(given, Tensor) else given,
+            "averaged_noise": self.averaged_noise,
+        }
 
 
 def gradient_statistics(state: State, step_size: float) -> dict[str, Float[Tensor, " chains"]]:

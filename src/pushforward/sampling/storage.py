@@ -92,6 +92,7 @@ def _groups(chains: Chains) -> dict[str, Mapping[str, Tensor]]:
         "warmup_statistics": chains.warmup_statistics,
         "mean": chains.moments.mean,
         "variance": chains.moments.variance,
+        "last": chains.last,
     }
 
 
@@ -111,6 +112,7 @@ def _assembled(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Ch
         num_warmup=metadata["num_warmup"],
         thin=metadata["thin"],
         seed=metadata["seed"],
+        last=groups["last"],
         run_checks=tuple(Check(**entry) for entry in metadata["run_checks"]),
         cost=Cost(**metadata["cost"]),
     )

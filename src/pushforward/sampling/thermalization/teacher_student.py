@@ -24,7 +24,8 @@ from pushforward.networks.parameters import ParameterSpace
 from pushforward.runs.rng import stream
 from pushforward.runs.store import fingerprint
 from pushforward.sampling.intermediate_noise.network import IntermediateNoiseNetwork
-from pushforward.sampling.potential import NetworkPotential, Potential
+from pushforward.sampling.network_potential import NetworkPotential
+from pushforward.sampling.potential import Potential
 from pushforward.typing import Params
 
 __all__ = ["STARTS", "Instance", "Start", "TeacherStudent"]
