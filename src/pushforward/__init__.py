@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from pushforward.cumulants.monte_carlo import SampledLaw, monte_carlo
     from pushforward.cumulants.output import OutputLaw
     from pushforward.cumulants.propagation import propagate
+    from pushforward.degeneracy.coefficient import LearningCoefficient
+    from pushforward.degeneracy.estimate import learning_coefficient
     from pushforward.errors import PushforwardError
     from pushforward.gaussians.activations import PiecewisePolynomial, SmoothActivation
     from pushforward.linearised_laplace.evaluation import Evaluation
@@ -58,6 +60,7 @@ __all__ = [
     "GaussianLaw",
     "IntermediateNoiseNetwork",
     "LaplacePosterior",
+    "LearningCoefficient",
     "OutputLaw",
     "PiecewisePolynomial",
     "Poisson",
@@ -72,6 +75,7 @@ __all__ = [
     "expect",
     "gibbs",
     "laplace",
+    "learning_coefficient",
     "monte_carlo",
     "plan_laplace",
     "propagate",
@@ -94,6 +98,7 @@ _HOMES = {
     "HMC": "sampling.hmc",
     "IntermediateNoiseNetwork": "sampling.intermediate_noise.network",
     "LaplacePosterior": "linearised_laplace.posterior",
+    "LearningCoefficient": "degeneracy.coefficient",
     "MALA": "sampling.mala",
     "NUTS": "sampling.nuts",
     "OutputLaw": "cumulants.output",
@@ -113,6 +118,7 @@ _HOMES = {
     "expect": "cumulants.expectation",
     "gibbs": "sampling.intermediate_noise.gibbs",
     "laplace": "linearised_laplace.fit",
+    "learning_coefficient": "degeneracy.estimate",
     "monte_carlo": "cumulants.monte_carlo",
     "plan_laplace": "linearised_laplace.fit",
     "propagate": "cumulants.propagation",

@@ -9,7 +9,7 @@ import torch
 
 from pushforward.errors import OptionError
 
-__all__ = ["stream"]
+__all__ = ["derived_seed", "stream"]
 
 _SEED_LIMIT = 2**63
 
@@ -59,12 +59,34 @@ def stream(
     65,000 such streams would coincide more often than not.
     """
     key = _encode(_validated_seed(seed), path)
-    number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+    number = _number(key)
     generator = torch.Generator(device=device)
     generator.manual_seed(number)
     if generator.device.type == "cpu":
         _widen(generator, number, key)
     return generator
+
+
+def derived_seed(seed: int, *path: str | int) -> int:
+    """The seed of a part of a computation that has streams of its own.
+
+    Parameters
+    ----------
+    seed
+        The user's.
+    *path
+        What the part is, as in `stream`.
+
+    Returns
+    -------
+    int
+        In ``[0, 2**63)``.
+    """
+    return _number(_encode(_validated_seed(seed), path))
+
+
+def _number(key: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
 def _validated_seed(seed: int) -> int:

@@ -1,4 +1,4 @@
-"""How narrow a potential is: its largest curvature and its trace, from products with the Hessian."""
+"""How narrow a potential is: largest curvature and trace, from products with its Hessian."""
 
 from __future__ import annotations
 

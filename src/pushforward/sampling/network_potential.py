@@ -192,6 +192,27 @@ class NetworkPotential(Potential):
         tables = self._tables(at_once)
         return torch.cat([self._losses(parameters, t.inputs, t.targets) for t in tables])
 
+    def localized(self, localization: float | Float[Tensor, " P"]) -> NetworkPotential:
+        """The same with another spring; what was read and measured of the data is kept.
+
+        Parameters
+        ----------
+        localization
+            ``gamma``: a number, or one for each parameter, ``(P,)``.
+
+        Returns
+        -------
+        NetworkPotential
+            Of the same network and data.
+        """
+        found = replace(
+            self, localization=_localizations(self.space, localization).to(self.model.vector)
+        )
+        for name in ("_held", "activation_bytes", "anchor_losses", "_anchor_gradient"):
+            if name in self.__dict__:
+                found.__dict__[name] = self.__dict__[name]
+        return found
+
     def on_part(self, count: int) -> NetworkPotential:
         """The same energy estimated from examples spread evenly over the data, without minibatches.
 

@@ -1,0 +1,1 @@
+"""How degenerate a minimum is: estimates of the local learning coefficient, known values."""

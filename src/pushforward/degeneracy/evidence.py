@@ -1,0 +1,244 @@
+"""What else the draws say: other estimates, generalisation, acceptance, the quadratic answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import log, sqrt
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pushforward.degeneracy.coefficient import Measured
+from pushforward.degeneracy.neighbourhood import Neighbourhood
+from pushforward.linalg.lanczos import quadratic_forms
+from pushforward.runs.rng import stream
+
+__all__ = [
+    "acceptance",
+    "crosschecks",
+    "proposal_log_ratio",
+    "quadratic_coefficient",
+    "singular_fluctuation",
+    "waic",
+]
+
+_WARMER = 1.2  # ratio of the two temperatures
+_PROBES = 4
+_LANCZOS_STEPS = 24
+_PROPOSALS = 4  # of every chain
+
+
+def crosschecks(losses: Float[Tensor, "chain draw"], around: Neighbourhood) -> dict[str, Measured]:
+    """Estimates of the coefficient that do not need the loss at ``w*``.
+
+    With ``Z(b) ~ b^-lambda``, ``E_b[n L]`` is ``n L* + lambda / b``: its difference between two
+    temperatures, the second by reweighting, gives ``lambda`` (Watanabe 2013), and so does its
+    derivative, ``b^2 Var_b[n L]``.
+
+    Parameters
+    ----------
+    losses
+        ``(chain, draw)``: means over all examples.
+    around
+        The law that they are draws of.
+
+    Returns
+    -------
+    dict
+        ``"two temperatures"`` and ``"variance"``, with errors from the spread of chains; empty for
+        a single chain.
+    """
+    if losses.shape[0] < 2 or losses.shape[1] < 2:
+        return {}
+
+    def two_temperatures(part: Tensor) -> Tensor:
+        energy = around.nbeta * part.flatten()
+        weights = torch.softmax(-(_WARMER - 1) * energy, 0)
+        return (energy.mean() - (weights * energy).sum()) / (1 - 1 / _WARMER)
+
+    def variance(part: Tensor) -> Tensor:
+        return (around.nbeta * part.flatten()).var()
+
+    return {
+        "two temperatures": _jackknife(two_temperatures, losses),
+        "variance": _jackknife(variance, losses),
+    }
+
+
+def singular_fluctuation(
+    losses: Float[Tensor, "chain draw examples"], around: Neighbourhood
+) -> Measured:
+    """``nu = beta / 2 sum_i Var_w[loss_i]``.
+
+    Parameters
+    ----------
+    losses
+        Of every example at every draw.
+    around
+        The law that they are draws of.
+
+    Returns
+    -------
+    Measured
+        With an error from the spread of chains.
+    """
+    beta = around.nbeta / around.num_examples
+
+    def fluctuation(part: Tensor) -> Tensor:
+        return 0.5 * beta * part.flatten(0, 1).double().var(0).sum()
+
+    if losses.shape[0] < 2:
+        return Measured(float(fluctuation(losses)), torch.nan)
+    return _jackknife(fluctuation, losses)
+
+
+def waic(losses: Float[Tensor, "chain draw examples"], around: Neighbourhood) -> float:
+    """Widely applicable information criterion per example, in nats.
+
+    ``-mean_i log mean_w p(y_i | w) + beta / n sum_i Var_w[log p(y_i | w)]`` (Watanabe 2010, at
+    inverse temperature ``beta``), of the law that was sampled.
+
+    Parameters
+    ----------
+    losses
+        Minus log-probabilities of every example at every draw.
+    around
+        The law that they are draws of.
+
+    Returns
+    -------
+    float
+        An estimate of the loss of the averaged prediction on new data.
+    """
+    flat = losses.flatten(0, 1).double()
+    training = -(torch.logsumexp(-flat, 0) - log(len(flat))).mean()
+    beta = around.nbeta / around.num_examples
+    return float(training + beta * flat.var(0).mean())
+
+
+def quadratic_coefficient(around: Neighbourhood, seed: int) -> Measured:
+    """``1/2 sum_i n beta h_i / (n beta h_i + gamma)``, over the curvatures at ``w*``.
+
+    MacKay's effective number of parameters, halved: what the coefficient is when the loss is
+    quadratic. By stochastic Lanczos quadrature of the Hessian of the energy, on part of the data
+    where there are many.
+
+    Parameters
+    ----------
+    around
+        The neighbourhood.
+    seed
+        Of the probes.
+
+    Returns
+    -------
+    Measured
+        With an error from the spread of probes. Directions of negative curvature count as flat.
+    """
+    generator = stream(seed, "quadratic")
+    signs = torch.randint(2, (_PROBES, around.num_parameters), generator=generator) * 2 - 1
+    probes, gamma = signs.to(around.centre), around.localization
+    points = around.centre.expand(_PROBES, -1)
+
+    def product(vectors: Tensor) -> Tensor:
+        inner = around.probed.curvature_product(points, around.scale * vectors)
+        return around.scale * inner
+
+    def share(curvatures: Tensor) -> Tensor:
+        return 0.5 * (curvatures - gamma).clamp(min=0) / curvatures.clamp(min=gamma)
+
+    steps = min(_LANCZOS_STEPS, around.num_parameters)
+    forms = quadratic_forms(product, probes, share, steps)
+    return Measured(float(forms.mean()), float(forms.std()) / sqrt(_PROBES))
+
+
+def acceptance(
+    around: Neighbourhood,
+    positions: Float[Tensor, "chains P"],
+    step_size: float,
+    seed: int,
+) -> float:
+    """Mean probability with which a Metropolis test accepts Langevin steps from these positions.
+
+    Both ends of a step are compared on the same examples, so the number is about the step size
+    alone; on differing batches it would be about their noise.
+
+    Parameters
+    ----------
+    around
+        The neighbourhood.
+    positions
+        ``(chains, P)``, finite.
+    step_size
+        ``eps``.
+    seed
+        Of the proposals.
+
+    Returns
+    -------
+    float
+        In [0, 1].
+    """
+    generator = stream(seed, "acceptance")
+    potential, scale = around.probed, around.scale
+    value, gradient = potential.value_and_gradient(positions)
+    found = []
+    for _ in range(_PROPOSALS):
+        noise = torch.randn(positions.shape, generator=generator, dtype=torch.float64)
+        noise = noise.to(positions)
+        drift = 0.5 * step_size * scale.square() * gradient
+        proposal = positions - drift + step_size**0.5 * scale * noise
+        there, slope = potential.value_and_gradient(proposal)
+        log_ratio = proposal_log_ratio(
+            positions / scale,
+            scale * gradient,
+            value,
+            proposal / scale,
+            scale * slope,
+            there,
+            step_size,
+        )
+        found.append(log_ratio.clamp(max=0).exp().nan_to_num(0.0))
+    return float(torch.stack(found).mean())
+
+
+def proposal_log_ratio(
+    before: Float[Tensor, "chains P"],
+    gradient_before: Float[Tensor, "chains P"],
+    potential_before: Float[Tensor, " chains"],
+    after: Float[Tensor, "chains P"],
+    gradient_after: Float[Tensor, "chains P"],
+    potential_after: Float[Tensor, " chains"],
+    step_size: float,
+) -> Float[Tensor, " chains"]:
+    """Logarithm of the Metropolis ratio of Langevin proposals.
+
+    Parameters
+    ----------
+    before, gradient_before, potential_before
+        Positions, gradients of ``U`` and ``U``.
+    after, gradient_after, potential_after
+        Of the proposals.
+    step_size
+        ``eps``; a proposal has mean ``w - eps grad U / 2`` and variance ``eps``.
+
+    Returns
+    -------
+    Tensor
+        ``(chains,)`` float64.
+    """
+    half = 0.5 * step_size
+    forth = (after - before + half * gradient_before).double().square().sum(-1)
+    back = (before - after + half * gradient_after).double().square().sum(-1)
+    return (forth - back) / (2 * step_size) + potential_before - potential_after
+
+
+def _jackknife(statistic: Callable[[Tensor], Tensor], draws: Tensor) -> Measured:
+    """A statistic of all chains, with an error from leaving out each."""
+    draws = draws.double() if draws.dim() == 2 else draws
+    count = len(draws)
+    every = torch.arange(count, device=draws.device)
+    left_out = torch.stack([statistic(draws[every != chain]) for chain in range(count)])
+    spread = (left_out - left_out.mean()).square().sum() * (count - 1) / count
+    return Measured(float(statistic(draws)), float(spread.sqrt()))

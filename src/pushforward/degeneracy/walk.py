@@ -1,0 +1,214 @@
+"""Chains around a solution: which sampler moves them, and how far they have come."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pushforward.degeneracy.neighbourhood import Neighbourhood
+from pushforward.errors import SamplingError
+from pushforward.runs.rng import derived_seed
+from pushforward.sampling.chains import Chains
+from pushforward.sampling.hmc import HMC
+from pushforward.sampling.kernel import Kernel
+from pushforward.sampling.mala import MALA
+from pushforward.sampling.runner import sample
+from pushforward.sampling.sgld import SGLD
+from pushforward.typing import Params
+
+__all__ = ["SamplerName", "Walk", "Walked"]
+
+SamplerName: TypeAlias = Literal["langevin", "sgld", "hmc", "mala"]
+"""Langevin is SGLD with averaged noise; the last two have a Metropolis test on all data."""
+
+
+@dataclass(frozen=True, eq=False)
+class Walked:
+    """What some steps of all chains gave.
+
+    Parameters
+    ----------
+    chains
+        As the runner returns them.
+    excess
+        ``(chain, draw)`` float64: ``n beta (L(w) - L(w*))``, estimated from minibatches if there
+        are any. NaN where a chain was lost.
+    losses
+        ``(chain, draw, N)``: of every example, where they were asked for.
+    """
+
+    chains: Chains
+    excess: Float[Tensor, "chain draw"]
+    losses: Float[Tensor, "chain draw examples"] | None
+
+    @property
+    def alive(self) -> Tensor:
+        """``(chain,)`` boolean: those that are finite to the end."""
+        return torch.isfinite(self.excess).all(1) & torch.isfinite(self.positions).all(1)
+
+    @property
+    def positions(self) -> Float[Tensor, "chain P"]:
+        """Where the chains are now."""
+        return torch.cat([value.flatten(1) for value in self.chains.last.values()], 1)
+
+    def survivors(self) -> Params:
+        """Positions of the chains that are alive, by name.
+
+        Returns
+        -------
+        dict
+            ``(alive, *shape)``.
+        """
+        return {name: value[self.alive] for name, value in self.chains.last.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """How chains are moved.
+
+    Parameters
+    ----------
+    around
+        What is sampled.
+    sampler
+        By which kernel.
+    seed
+        Of all runs.
+    checkpoint
+        Folder in which every run has its own.
+    progress
+        Whether to show bars.
+    """
+
+    around: Neighbourhood
+    sampler: SamplerName
+    seed: int
+    checkpoint: str | os.PathLike[str] | None = None
+    progress: bool | None = None
+
+    @property
+    def learns(self) -> bool:
+        """Whether the sampler finds its own step size."""
+        return self.sampler in {"hmc", "mala"}
+
+    def kernel(self, step_size: float | None) -> Kernel:
+        """The sampler.
+
+        Parameters
+        ----------
+        step_size
+            Of SGLD's convention; of HMC and MALA None to learn it.
+
+        Returns
+        -------
+        Kernel
+            For `sample`.
+        """
+        around = self.around
+        if self.learns:
+            whole = replace(around.potential, batch_size=None)
+            mass = "diagonal" if around.euclidean else around.scale.square().reciprocal()
+            kind = HMC if self.sampler == "hmc" else MALA
+            return kind(whole, step_size=step_size, mass=mass)
+        assert step_size is not None
+        return SGLD(
+            around.potential,
+            step_size=step_size,
+            preconditioner=None if around.euclidean else around.scale.square(),
+            averaged_noise=self.sampler == "langevin",
+        )
+
+    def run(
+        self,
+        name: str,
+        *,
+        steps: int,
+        start: Params | int,
+        step_size: float | None = None,
+        warmup: int = 0,
+        thin: int = 1,
+        losses: bool = False,
+    ) -> Walked:
+        """Move chains.
+
+        Parameters
+        ----------
+        name
+            Of this run: it has its own noise and its own folder.
+        steps
+            Draws of each chain.
+        start
+            Where from, ``(chains, *shape)`` by name; or how many chains are to start at ``w*``.
+        step_size
+            Of the kernel.
+        warmup
+            Steps in which the sampler learns.
+        thin
+            Steps a draw.
+        losses
+            Whether to note the loss of every example at every draw.
+
+        Returns
+        -------
+        Walked
+            Chains that died included.
+        """
+        around = self.around
+        known = around.initial_loss  # which reads the data: not for the first time under vmap
+        if isinstance(start, int):
+            centre = around.potential.model.parameters
+            start = {name: p.expand(start, *p.shape) for name, p in centre.items()}
+        num_chains = len(next(iter(start.values())))
+
+        def record(parameters: Params) -> dict[str, Tensor]:
+            noted = {"squared_distance": around.squared_distance(parameters)}
+            if losses:
+                at_once = max(num_chains, 1)
+                noted["losses"] = around.potential.example_losses(parameters, at_once=at_once)
+            return noted
+
+        chains = sample(
+            self.kernel(step_size),
+            num_draws=steps,
+            num_chains=num_chains,
+            num_warmup=warmup,
+            thin=thin,
+            initial=start,
+            record=record,
+            keep_parameters=False,
+            seed=derived_seed(self.seed, name),
+            checkpoint=None if self.checkpoint is None else Path(self.checkpoint) / name,
+            progress=self.progress,
+        )
+        found = chains.observations.get("losses")
+        distance = chains.observations["squared_distance"]
+        if found is None:
+            excess = around.excess(chains.statistics["potential"], distance)
+        else:
+            mean = found.mean(-1, dtype=torch.float64)
+            excess = around.nbeta * (mean - known)
+        return Walked(chains, excess, found)
+
+    def attempt(
+        self, name: str, *, steps: int, start: Params | int, step_size: float
+    ) -> Walked | None:
+        """The same as `run`; None when any chain was lost.
+
+        Returns
+        -------
+        Walked or None
+            With all chains alive.
+        """
+        try:
+            walked = replace(self, checkpoint=None, progress=False).run(
+                name, steps=steps, start=start, step_size=step_size
+            )
+        except SamplingError:
+            return None
+        return walked if bool(walked.alive.all()) else None
