@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from math import inf, sqrt
+from collections.abc import Iterable
+from math import sqrt
 from time import perf_counter
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pushforward.degeneracy.agreement import Agreement, agreement, extrapolated
-from pushforward.degeneracy.calibration import (
-    calibrate,
-    largest_near,
-    relaxation_steps,
-    step_bias,
-    sustained_step,
-)
-from pushforward.degeneracy.coefficient import LearningCoefficient, Measured, Verdict
+from pushforward.degeneracy.agreement import agreement, extrapolated
+from pushforward.degeneracy.calibration import largest_near, step_bias
+from pushforward.degeneracy.coefficient import LearningCoefficient, Measured
 from pushforward.degeneracy.evidence import (
     acceptance,
     crosschecks,
@@ -29,36 +22,25 @@ from pushforward.degeneracy.evidence import (
     waic,
 )
 from pushforward.degeneracy.neighbourhood import Metric, Neighbourhood
-from pushforward.degeneracy.walk import SamplerName, Walk, Walked
-from pushforward.errors import OptionError, SamplingError
+from pushforward.degeneracy.schedule import Runs, walk_through
+from pushforward.degeneracy.settings import SamplerChoice, Settings
+from pushforward.degeneracy.verdict import (
+    alive_check,
+    equilibrium_check,
+    minimum_check,
+    precision_check,
+    step_check,
+    verdict_of,
+)
+from pushforward.degeneracy.walk import Walk
 from pushforward.networks.likelihoods import Likelihood
 from pushforward.networks.model import FunctionalModel
-from pushforward.runs.estimate import Check, Cost, Status
+from pushforward.runs.estimate import Cost
 from pushforward.sampling.potential import Loss
-from pushforward.typing import Params
 
-__all__ = ["SamplerChoice", "learning_coefficient"]
+__all__ = ["coefficient_of", "learning_coefficient"]
 
-SamplerChoice: TypeAlias = Literal["auto", "langevin", "sgld", "hmc", "mala"]
-
-_DEFAULT_DRAWS = {"langevin": 2000, "sgld": 2000, "hmc": 300, "mala": 2000}
-_LEARNING_STEPS = {"hmc": 300, "mala": 1000}  # of samplers that learn their step size
-_HMC_PARAMETERS = 10_000
-_HMC_EXAMPLES = 10_000
-_SPACED_DRAWS = 64  # of each chain, at which the loss of every example is taken
-_MOST_LOSSES = 2**28  # numbers that may be kept for that
-_FEWEST_SPACED = 8
-_MOST_WARMUPS = 8
-_MOST_MAINS = 4
-_SHRINK = 8.0  # when a chain was lost
 _SMALL_BIAS = 0.005  # of the value, that is always possible
-_LONGEST_WARMUP = 20  # in units of the draws
-_SHARPER = 1.5  # than calibrated: the warm-up goes on with a smaller step
-_UNSTABLE = 3.0  # step size times curvature; 4 is the edge
-_CHANGES = 0.1  # of the value, by halving the step size
-_LARGEST_R_HAT = 1.1
-_FEWEST_EFFECTIVE = 50
-_BELOW = 0.05  # share of draws that may have a smaller loss than w*
 
 
 def learning_coefficient(
@@ -172,141 +154,48 @@ def learning_coefficient(
     (True, 'OK')
     """
     began = perf_counter()
-    around = Neighbourhood.of(
-        net,
-        data,
-        loss,
+    settings = Settings(
         nbeta=nbeta,
         localization=localization,
         metric=metric,
+        sampler=sampler,
+        num_chains=num_chains,
+        num_draws=num_draws,
+        num_warmup=num_warmup,
         batch_size=batch_size,
-        subset=subset,
-        realisable=realisable,
-        seed=seed,
-    )
-    chosen = _sampler(sampler, around)
-    draws = _DEFAULT_DRAWS[chosen] if num_draws is None else num_draws
-    _check_numbers(num_chains, draws, num_warmup, step_size)
-    walk = Walk(around, chosen, seed, checkpoint, progress)
-    given = None if step_size == "auto" else float(step_size)
-    if walk.learns:
-        runs = _metropolis_runs(walk, num_chains, draws, num_warmup, given)
-    else:
-        runs = _langevin_runs(walk, num_chains, draws, num_warmup, given, localization is None)
-    return _assembled(runs, loss, metric, seed, began)
-
-
-@dataclass(frozen=True, eq=False)
-class _Runs:
-    """All that was walked.
-
-    ``step_size`` is NaN where it was learned; ``spaced`` is the second run, at half of it, or the
-    main run itself where that is on all data.
-    """
-
-    walk: Walk
-    step_size: float
-    warmups: tuple[Walked, ...]
-    main: Walked
-    spaced: Walked
-
-
-def _metropolis_runs(
-    walk: Walk, num_chains: int, draws: int, num_warmup: int | None, step_size: float | None
-) -> _Runs:
-    learning = _LEARNING_STEPS[walk.sampler] if num_warmup is None else num_warmup
-    kept = draws * num_chains * walk.around.num_examples <= _MOST_LOSSES
-    main = walk.run(
-        "main",
-        steps=draws,
-        start=num_chains,
         step_size=step_size,
-        warmup=learning,
-        losses=kept,
     )
-    return _Runs(walk, torch.nan if step_size is None else step_size, (), main, main)
-
-
-def _langevin_runs(
-    walk: Walk,
-    num_chains: int,
-    draws: int,
-    num_warmup: int | None,
-    step_size: float | None,
-    localize: bool,
-) -> _Runs:
-    found = calibrate(
-        walk, num_chains=num_chains, num_draws=draws, step_size=step_size, localize=localize
+    around = settings.neighbourhood(
+        net, data, loss, subset=subset, realisable=realisable, seed=seed
     )
-    walk, step, warmups = found.walk, found.step_size, list[Walked]()
-    start: Params | int = num_chains
-    for turn in range(_MOST_WARMUPS):
-        steps = num_warmup
-        if steps is None:
-            longest = _LONGEST_WARMUP * draws
-            steps = relaxation_steps(walk.around.localization, step, most=longest)
-        if not steps:
-            break
-        last = turn == _MOST_WARMUPS - 1
-        fixed = last or step_size is not None
-        walked = _survived(walk, f"warmup-{turn}", steps, start, step, final=fixed)
-        if walked is None:
-            step, start, warmups = step / _SHRINK, num_chains, []
-            continue
-        warmups.append(walked)
-        start = walked.survivors()
-        if fixed:
-            break
-        wanted = sustained_step(walk, walked)
-        if step <= _SHARPER * wanted:
-            break
-        step = wanted  # the chains came to where it is narrower
-    for turn in range(_MOST_MAINS):
-        main = walk.run(f"main-{turn}", steps=draws, start=start, step_size=step)
-        settled = agreement(main.excess[main.alive]).settled
-        if settled or num_warmup is not None or turn == _MOST_MAINS - 1:
-            break
-        warmups.append(main)  # that is what it was
-        start = main.survivors()
-    survivors = main.survivors()
-    room = _MOST_LOSSES // (walk.around.num_examples * len(next(iter(survivors.values()))))
-    spaced = max(_FEWEST_SPACED, min(draws, _SPACED_DRAWS, room))
-    second = walk.run(
-        "spaced",
-        steps=spaced,
-        thin=max(1, draws // spaced),
-        warmup=draws // 10,
-        start=survivors,
-        step_size=step / 2,
-        losses=True,
-    )
-    return _Runs(walk, step, tuple(warmups), main, second)
+    walk = Walk(around, settings.sampler_for(around), seed, checkpoint, progress)
+    return coefficient_of(walk_through(walk, settings), loss, seed, perf_counter() - began)
 
 
-def _survived(
-    walk: Walk, name: str, steps: int, start: Params | int, step: float, *, final: bool
-) -> Walked | None:
-    """A warm-up; None when a chain was lost in it and there are smaller steps to try."""
-    try:
-        walked = walk.run(name, steps=steps, start=start, step_size=step)
-    except SamplingError:
-        if final:
-            raise
-        return None
-    return walked if final or bool(walked.alive.all()) else None
-
-
-def _assembled(
-    runs: _Runs, loss: Likelihood | Loss, metric: Metric, seed: int, began: float
+def coefficient_of(
+    runs: Runs, loss: Likelihood | Loss, seed: int, seconds: float
 ) -> LearningCoefficient:
+    """Turn what was walked into an answer.
+
+    Parameters
+    ----------
+    runs
+        Of `walk_through`.
+    loss
+        That the user gave: only logarithms of probabilities have a fluctuation.
+    seed
+        Of probes and proposals.
+    seconds
+        It took so far.
+
+    Returns
+    -------
+    LearningCoefficient
+        With verdict.
+    """
+    began = perf_counter()
     walk, around, main, spaced = runs.walk, runs.walk.around, runs.main, runs.spaced
     alive = main.alive
-    if not bool(alive.any()) or not bool(spaced.alive.any()):
-        raise SamplingError(
-            "no chain stayed finite",
-            where=f"learning_coefficient, {walk.sampler}",
-            advice="Give a smaller step_size or a larger localization.",
-        )
     excess = main.excess[alive]
     coarse = agreement(excess)
     measured = [Measured(coarse.mean, coarse.standard_error)]
@@ -324,14 +213,12 @@ def _assembled(
     elif walk.learns:  # on all data the excess is exact
         means = excess / around.nbeta + around.initial_loss
     below = float((means < around.initial_loss).double().mean()) if means.numel() else 0.0
-    outcomes = (
-        _alive_check(main.alive),
-        _minimum_check(value, error, below),
-        _step_check(measured, value, sharpest, walk),
-        _equilibrium_check(coarse),
+    checks = (
+        alive_check(main.alive),
+        minimum_check(value, error, below),
+        step_check(measured, value, sharpest),
+        equilibrium_check(coarse),
     )
-    wrong: list[Verdict] = [name for name, check in outcomes if check.status == "fail"]
-    verdict: Verdict = wrong[0] if wrong else "OK"
     logarithms = losses if isinstance(loss, Likelihood) else None
     cost_steps = sum(w.chains.cost.evaluations for w in (*runs.warmups, main))
     if spaced is not main:
@@ -344,13 +231,13 @@ def _assembled(
     return LearningCoefficient(
         value=torch.tensor(value, dtype=torch.float64),
         standard_error=torch.tensor(error, dtype=torch.float64),
-        cost=Cost(0.0, perf_counter() - began, cost_steps),
+        cost=Cost(0.0, seconds + perf_counter() - began, cost_steps),
         method=f"{walk.sampler} at n beta {around.nbeta:.4g}, gamma {around.localization:.4g}",
-        checks=(*(check for _, check in outcomes), _precision_check(value, error)),
-        verdict=verdict,
+        checks=(*checks, precision_check(value, error)),
+        verdict=verdict_of(checks),
         nbeta=around.nbeta,
         localization=around.localization,
-        metric=metric,
+        metric=around.metric,
         sampler=walk.sampler,
         step_size=step,
         batch_size=around.num_examples if size is None or walk.learns else size,
@@ -394,7 +281,7 @@ def _at_step_zero(coarse: Measured, fine: Measured, bias: float) -> tuple[float,
     return value, spread
 
 
-def _acceptance(runs: _Runs, seed: int) -> float:
+def _acceptance(runs: Runs, seed: int) -> float:
     if runs.walk.learns:
         return float(runs.main.chains.statistics["acceptance"].nanmean())
     positions = runs.main.positions[runs.main.alive]
@@ -407,93 +294,3 @@ def _quadratic(around: Neighbourhood, seed: int) -> Measured | None:
         return quadratic_coefficient(around, seed)
     except (RuntimeError, NotImplementedError):
         return None
-
-
-def _alive_check(alive: Tensor) -> tuple[Verdict, Check]:
-    dead = int((~alive).sum())
-    detail = f"{dead} of {len(alive)} chains left for NaN or infinity and are excluded"
-    if not dead:
-        detail = f"all {len(alive)} chains stayed finite"
-    return "DEAD_CHAINS", _check("chains-alive", not dead, detail, "Take a smaller step size.")
-
-
-def _minimum_check(value: float, error: float, below: float) -> tuple[Verdict, Check]:
-    good = value + 2 * error > 0 and below <= _BELOW
-    detail = f"{100 * below:.2g} % of the draws have a smaller loss than the network itself"
-    return "NOT_A_MINIMUM", _check(
-        "at-a-minimum", good, detail, "The network is not at a minimum at this temperature."
-    )
-
-
-def _step_check(
-    runs: Sequence[Measured], value: float, sharpest: float, walk: Walk
-) -> tuple[Verdict, Check]:
-    if walk.learns:
-        return "STEP_TOO_LARGE", _check("step-size", True, "a Metropolis test makes it exact", "")
-    change = runs[0].value - runs[1].value
-    error = sqrt(runs[0].standard_error ** 2 + runs[1].standard_error ** 2)
-    large = abs(change) > max(3 * error, _CHANGES * abs(value))
-    good = not large and sharpest < _UNSTABLE
-    detail = (
-        f"half the step changes the value by {-change:.3g} ± {error:.2g}; step times largest "
-        f"curvature is {sharpest:.2g}, of 4 at which nothing is stable"
-    )
-    return "STEP_TOO_LARGE", _check("step-size", good, detail, "Take a smaller step size.")
-
-
-def _equilibrium_check(found: Agreement) -> tuple[Verdict, Check]:
-    mixed = not found.r_hat > _LARGEST_R_HAT and not found.effective_draws < _FEWEST_EFFECTIVE
-    detail = (
-        f"second half minus first {found.drift:.3g} ± {found.drift_error:.2g}, R-hat "
-        f"{found.r_hat:.3f}, {found.effective_draws:.0f} effective draws"
-    )
-    return "NOT_EQUILIBRATED", _check(
-        "equilibrated", mixed and found.settled, detail, "Take more draws or more localization."
-    )
-
-
-def _precision_check(value: float, error: float) -> Check:
-    relative = error / abs(value) if value else torch.inf
-    status: Status = "pass" if relative < _CHANGES else "warn"
-    advice = "" if status == "pass" else "Take more draws or more chains."
-    return Check("standard-error", status, f"{100 * relative:.2g} % of the value", advice)
-
-
-def _check(name: str, good: bool, detail: str, advice: str) -> Check:
-    return Check(name, "pass" if good else "fail", detail, "" if good else advice)
-
-
-def _sampler(sampler: SamplerChoice, around: Neighbourhood) -> SamplerName:
-    if sampler not in get_args(SamplerChoice):
-        raise OptionError(
-            f"there is no sampler {sampler!r}",
-            where="sampler",
-            advice=f"Choose one of {', '.join(get_args(SamplerChoice))}.",
-        )
-    if sampler != "auto":
-        return sampler
-    small = around.num_parameters <= _HMC_PARAMETERS and around.num_examples <= _HMC_EXAMPLES
-    return "hmc" if small else "langevin"
-
-
-def _check_numbers(
-    num_chains: int, num_draws: int, num_warmup: int | None, step_size: float | str
-) -> None:
-    for name, value, least in (
-        ("num_chains", num_chains, 2),
-        ("num_draws", num_draws, 16),
-        ("num_warmup", 0 if num_warmup is None else num_warmup, 0),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise OptionError(
-                f"{value!r} is out of range", where=name, advice=f"Give an integer from {least} on."
-            )
-    if step_size == "auto":
-        return
-    number = isinstance(step_size, int | float) and not isinstance(step_size, bool)
-    if not number or not 0 < float(step_size) < inf:
-        raise OptionError(
-            f"{step_size!r} is no step size",
-            where="step_size",
-            advice="Give a positive number, or 'auto'.",
-        )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import isfinite, log
-from typing import Any, Literal, TypeAlias, get_args
+from math import log
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -68,12 +68,15 @@ class Neighbourhood:
         ``gamma``.
     scale
         ``s``, ``(P,)``: 1 in the Euclidean metric.
+    metric
+        From which it comes.
     """
 
     potential: NetworkPotential
     nbeta: float
     localization: float
     scale: Float[Tensor, " P"]
+    metric: Metric
 
     @classmethod
     def of(
@@ -102,19 +105,6 @@ class Neighbourhood:
         OptionError
             For an option out of range.
         """
-        for name, value in (("nbeta", nbeta), ("localization", localization)):
-            if value is not None and not (isfinite(value) and value > 0):
-                raise OptionError(
-                    f"{value!r} is out of range",
-                    where=name,
-                    advice="Give a positive number, or None for one that suits the data.",
-                )
-        if metric not in get_args(Metric):
-            raise OptionError(
-                f"there is no metric {metric!r}",
-                where="metric",
-                advice="Choose 'euclidean' or 'layerwise'.",
-            )
         if isinstance(loss, Gaussian) and loss.noise_variance is None:
             raise OptionError(
                 "its noise variance is to be learned",
@@ -143,7 +133,7 @@ class Neighbourhood:
         if metric == "layerwise":
             scale = _layerwise_scale(potential, seed)
         gamma = 1.0 if localization is None else float(localization)
-        return cls(potential, nbeta, 0.0, scale).localized(gamma)
+        return cls(potential, nbeta, 0.0, scale, metric).localized(gamma)
 
     def localized(self, localization: float) -> Neighbourhood:
         """The same with another spring.
@@ -179,7 +169,7 @@ class Neighbourhood:
     @property
     def euclidean(self) -> bool:
         """Whether all scales are 1."""
-        return bool((self.scale == 1).all())
+        return self.metric == "euclidean"
 
     @cached_property
     def initial_loss(self) -> float:

@@ -1,0 +1,170 @@
+"""The order in which chains are walked: calibration, warm-up, main run, half the step size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pushforward.degeneracy.agreement import agreement
+from pushforward.degeneracy.calibration import calibrate, relaxation_steps, sustained_step
+from pushforward.degeneracy.settings import Settings
+from pushforward.degeneracy.walk import Walk, Walked
+from pushforward.errors import SamplingError
+from pushforward.typing import Params
+
+__all__ = ["Runs", "walk_through"]
+
+_LEARNING_STEPS = {"hmc": 300, "mala": 1000}  # of samplers that learn their step size
+_SPACED_DRAWS = 64  # of each chain, at which the loss of every example is taken
+_FEWEST_SPACED = 8
+_MOST_LOSSES = 2**28  # numbers that may be kept for that
+_MOST_WARMUPS = 8
+_MOST_MAINS = 4
+_LONGEST_WARMUP = 20  # in units of the draws
+_SHARPER = 1.5  # than calibrated: the warm-up goes on with a smaller step
+_SHRINK = 8.0  # when a chain was lost
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """All that was walked.
+
+    Parameters
+    ----------
+    walk
+        With the localisation that was chosen.
+    step_size
+        Of the main run; NaN where it was learned.
+    warmups
+        What came before it.
+    main
+        The run whose mean is the answer.
+    spaced
+        The second run, at half the step size, with the losses of all examples; the main run itself
+        where that is on all data.
+    """
+
+    walk: Walk
+    step_size: float
+    warmups: tuple[Walked, ...]
+    main: Walked
+    spaced: Walked
+
+
+def walk_through(walk: Walk, settings: Settings, start: Params | None = None) -> Runs:
+    """Calibrate, warm up, run, and run again with half the step size.
+
+    Parameters
+    ----------
+    walk
+        Around which weights, with which sampler.
+    settings
+        Numbers of chains, draws and steps.
+    start
+        Where chains begin, ``(chains, *shape)`` by name. Default: at ``w*``.
+
+    Returns
+    -------
+    Runs
+        With chains that died along the way.
+
+    Raises
+    ------
+    SamplingError
+        When none stayed finite.
+    """
+    begin: Params | int = settings.num_chains if start is None else start
+    found = (_metropolis_runs if walk.learns else _langevin_runs)(walk, settings, begin)
+    if not bool(found.main.alive.any()) or not bool(found.spaced.alive.any()):
+        raise SamplingError(
+            "no chain stayed finite",
+            where=f"learning_coefficient, {walk.sampler}",
+            advice="Give a smaller step_size or a larger localization.",
+        )
+    return found
+
+
+def _metropolis_runs(walk: Walk, settings: Settings, start: Params | int) -> Runs:
+    draws, step_size = settings.draws_of(walk.sampler), settings.fixed_step
+    learning = settings.num_warmup
+    if learning is None:
+        learning = _LEARNING_STEPS[walk.sampler]
+    kept = draws * settings.num_chains * walk.around.num_examples <= _MOST_LOSSES
+    main = walk.run(
+        "main",
+        steps=draws,
+        start=start,
+        step_size=step_size,
+        warmup=learning,
+        losses=kept,
+    )
+    return Runs(walk, torch.nan if step_size is None else step_size, (), main, main)
+
+
+def _langevin_runs(walk: Walk, settings: Settings, begin: Params | int) -> Runs:
+    draws, step_size = settings.draws_of(walk.sampler), settings.fixed_step
+    num_warmup = settings.num_warmup
+    found = calibrate(
+        walk,
+        num_chains=settings.num_chains,
+        num_draws=draws,
+        step_size=step_size,
+        localize=settings.localization is None,
+    )
+    walk, step, warmups = found.walk, found.step_size, list[Walked]()
+    start = begin
+    for turn in range(_MOST_WARMUPS):
+        steps = num_warmup
+        if steps is None:
+            longest = _LONGEST_WARMUP * draws
+            steps = relaxation_steps(walk.around.localization, step, most=longest)
+        if not steps:
+            break
+        last = turn == _MOST_WARMUPS - 1
+        fixed = last or step_size is not None
+        walked = _survived(walk, f"warmup-{turn}", steps, start, step, final=fixed)
+        if walked is None:
+            step, start, warmups = step / _SHRINK, begin, []
+            continue
+        warmups.append(walked)
+        start = walked.survivors()
+        if fixed:
+            break
+        wanted = sustained_step(walk, walked)
+        if step <= _SHARPER * wanted:
+            break
+        step = wanted  # the chains came to where it is narrower
+    for turn in range(_MOST_MAINS):
+        main = walk.run(f"main-{turn}", steps=draws, start=start, step_size=step)
+        settled = agreement(main.excess[main.alive]).settled
+        if settled or num_warmup is not None or turn == _MOST_MAINS - 1:
+            break
+        warmups.append(main)  # that is what it was
+        start = main.survivors()
+    survivors = main.survivors()
+    room = _MOST_LOSSES // (walk.around.num_examples * len(next(iter(survivors.values()))))
+    spaced = max(_FEWEST_SPACED, min(draws, _SPACED_DRAWS, room))
+    second = walk.run(
+        "spaced",
+        steps=spaced,
+        thin=max(1, draws // spaced),
+        warmup=draws // 10,
+        start=survivors,
+        step_size=step / 2,
+        losses=True,
+    )
+    return Runs(walk, step, tuple(warmups), main, second)
+
+
+def _survived(
+    walk: Walk, name: str, steps: int, start: Params | int, step: float, *, final: bool
+) -> Walked | None:
+    """A warm-up; None when a chain was lost in it and there are smaller steps to try."""
+    try:
+        walked = walk.run(name, steps=steps, start=start, step_size=step)
+    except SamplingError:
+        if final:
+            raise
+        return None
+    return walked if final or bool(walked.alive.all()) else None

@@ -1,0 +1,155 @@
+"""How a learning coefficient is estimated: all that is no network, no data and no seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass
+from math import inf, isfinite
+from typing import Any, Literal, TypeAlias, get_args
+
+from torch import nn
+
+from pushforward.degeneracy.neighbourhood import Metric, Neighbourhood
+from pushforward.degeneracy.walk import SamplerName
+from pushforward.errors import OptionError
+from pushforward.networks.likelihoods import Likelihood
+from pushforward.networks.model import FunctionalModel
+from pushforward.sampling.potential import Loss
+
+__all__ = ["SamplerChoice", "Settings"]
+
+SamplerChoice: TypeAlias = Literal["auto", "langevin", "sgld", "hmc", "mala"]
+
+_DEFAULT_DRAWS = {"langevin": 2000, "sgld": 2000, "hmc": 300, "mala": 2000}
+_HMC_PARAMETERS = 10_000
+_HMC_EXAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of `learning_coefficient`, where they are explained.
+
+    Parameters
+    ----------
+    nbeta, localization, metric, sampler, num_chains, num_draws, num_warmup, batch_size, step_size
+        As there.
+
+    Raises
+    ------
+    OptionError
+        For an option out of range.
+    """
+
+    _: KW_ONLY
+    nbeta: float | None = None
+    localization: float | None = None
+    metric: Metric = "euclidean"
+    sampler: SamplerChoice = "auto"
+    num_chains: int = 8
+    num_draws: int | None = None
+    num_warmup: int | None = None
+    batch_size: int | None = None
+    step_size: float | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name, positive in (("nbeta", self.nbeta), ("localization", self.localization)):
+            if positive is not None and not (isfinite(positive) and positive > 0):
+                raise OptionError(
+                    f"{positive!r} is out of range",
+                    where=name,
+                    advice="Give a positive number, or None for one that suits the data.",
+                )
+        for name, value, choices in (
+            ("metric", self.metric, get_args(Metric)),
+            ("sampler", self.sampler, get_args(SamplerChoice)),
+        ):
+            if value not in choices:
+                raise OptionError(
+                    f"there is no {name} {value!r}",
+                    where=name,
+                    advice=f"Choose one of {', '.join(choices)}.",
+                )
+        for name, count, least in (
+            ("num_chains", self.num_chains, 2),
+            ("num_draws", self.num_draws, 16),
+            ("num_warmup", self.num_warmup, 0),
+        ):
+            if count is None and name != "num_chains":
+                continue
+            if not isinstance(count, int) or isinstance(count, bool) or count < least:
+                raise OptionError(
+                    f"{count!r} is out of range",
+                    where=name,
+                    advice=f"Give an integer from {least} on.",
+                )
+        if self.step_size == "auto":
+            return
+        number = isinstance(self.step_size, int | float) and not isinstance(self.step_size, bool)
+        if not number or not 0 < float(self.step_size) < inf:
+            raise OptionError(
+                f"{self.step_size!r} is no step size",
+                where="step_size",
+                advice="Give a positive number, or 'auto'.",
+            )
+
+    def neighbourhood(
+        self,
+        net: nn.Module | FunctionalModel,
+        data: Any,
+        loss: Likelihood | Loss,
+        *,
+        subset: str | Iterable[str] | None,
+        realisable: bool,
+        seed: int,
+    ) -> Neighbourhood:
+        """What is sampled; see `Neighbourhood.of`."""
+        return Neighbourhood.of(
+            net,
+            data,
+            loss,
+            nbeta=self.nbeta,
+            localization=self.localization,
+            metric=self.metric,
+            batch_size=self.batch_size,
+            subset=subset,
+            realisable=realisable,
+            seed=seed,
+        )
+
+    @property
+    def fixed_step(self) -> float | None:
+        """The step size that was given."""
+        return None if self.step_size == "auto" else float(self.step_size)
+
+    def sampler_for(self, around: Neighbourhood) -> SamplerName:
+        """The sampler; where none was named, HMC as long as all data are cheap.
+
+        Parameters
+        ----------
+        around
+            What is sampled.
+
+        Returns
+        -------
+        str
+            Its name.
+        """
+        if self.sampler != "auto":
+            return self.sampler
+        few = around.num_parameters <= _HMC_PARAMETERS and around.num_examples <= _HMC_EXAMPLES
+        return "hmc" if few else "langevin"
+
+    def draws_of(self, sampler: SamplerName) -> int:
+        """Draws of each chain.
+
+        Parameters
+        ----------
+        sampler
+            That makes them.
+
+        Returns
+        -------
+        int
+            The number given, or what suits the sampler.
+        """
+        return _DEFAULT_DRAWS[sampler] if self.num_draws is None else self.num_draws

@@ -1,0 +1,97 @@
+"""What can be wrong with an estimate, looked for in the order in which it matters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+
+from torch import Tensor
+
+from pushforward.degeneracy.agreement import Agreement
+from pushforward.degeneracy.coefficient import Measured, Verdict
+from pushforward.runs.estimate import Check, Status
+
+__all__ = [
+    "alive_check",
+    "equilibrium_check",
+    "minimum_check",
+    "precision_check",
+    "step_check",
+    "verdict_of",
+]
+
+_UNSTABLE = 3.0  # step size times curvature; 4 is the edge
+_CHANGES = 0.1  # of the value, by halving the step size
+_LARGEST_R_HAT = 1.1
+_FEWEST_EFFECTIVE = 50
+_BELOW = 0.05  # share of draws that may have a smaller loss than w*
+
+_MEANS: dict[str, Verdict] = {
+    "chains-alive": "DEAD_CHAINS",
+    "at-a-minimum": "NOT_A_MINIMUM",
+    "step-size": "STEP_TOO_LARGE",
+    "equilibrated": "NOT_EQUILIBRATED",
+}
+
+
+def verdict_of(checks: Sequence[Check]) -> Verdict:
+    """The first thing that is wrong."""
+    failed = [_MEANS[check.name] for check in checks if check.status == "fail"]
+    return failed[0] if failed else "OK"
+
+
+def alive_check(alive: Tensor) -> Check:
+    """Whether chains were lost."""
+    dead = int((~alive).sum())
+    detail = f"{dead} of {len(alive)} chains left for NaN or infinity and are excluded"
+    if not dead:
+        detail = f"all {len(alive)} chains stayed finite"
+    return _check("chains-alive", not dead, detail, "Take a smaller step size.")
+
+
+def minimum_check(value: float, error: float, below: float) -> Check:
+    """Whether chains go up from the weights, not down."""
+    good = value + 2 * error > 0 and below <= _BELOW
+    detail = f"{100 * below:.2g} % of the draws have a smaller loss than the network itself"
+    return _check(
+        "at-a-minimum", good, detail, "The network is not at a minimum at this temperature."
+    )
+
+
+def step_check(runs: Sequence[Measured], value: float, sharpest: float) -> Check:
+    """Whether the step size can be felt; a single run had a Metropolis test."""
+    if len(runs) < 2:
+        return _check("step-size", True, "a Metropolis test makes it exact", "")
+    change = runs[0].value - runs[1].value
+    error = sqrt(runs[0].standard_error ** 2 + runs[1].standard_error ** 2)
+    large = abs(change) > max(3 * error, _CHANGES * abs(value))
+    good = not large and sharpest < _UNSTABLE
+    detail = (
+        f"half the step changes the value by {-change:.3g} ± {error:.2g}; step times largest "
+        f"curvature is {sharpest:.2g}, of 4 at which nothing is stable"
+    )
+    return _check("step-size", good, detail, "Take a smaller step size.")
+
+
+def equilibrium_check(found: Agreement) -> Check:
+    """Whether chains agree and have stopped drifting."""
+    mixed = not found.r_hat > _LARGEST_R_HAT and not found.effective_draws < _FEWEST_EFFECTIVE
+    detail = (
+        f"second half minus first {found.drift:.3g} ± {found.drift_error:.2g}, R-hat "
+        f"{found.r_hat:.3f}, {found.effective_draws:.0f} effective draws"
+    )
+    return _check(
+        "equilibrated", mixed and found.settled, detail, "Take more draws or more localization."
+    )
+
+
+def precision_check(value: float, error: float) -> Check:
+    """Whether the error is small beside the value."""
+    relative = error / abs(value) if value else torch.inf
+    status: Status = "pass" if relative < _CHANGES else "warn"
+    advice = "" if status == "pass" else "Take more draws or more chains."
+    return Check("standard-error", status, f"{100 * relative:.2g} % of the value", advice)
+
+
+def _check(name: str, good: bool, detail: str, advice: str) -> Check:
+    return Check(name, "pass" if good else "fail", detail, "" if good else advice)
