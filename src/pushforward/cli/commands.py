@@ -14,6 +14,7 @@ from pushforward.cli.options import (
     Likelihood,
     NetworkOptions,
 )
+from pushforward.cli.pages import page_environment, size_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from pushforward.cli.posterior import ExampleFiles
     from pushforward.runs.estimate import Estimate
 
-__all__ = ["Demo", "Expect", "Report", "Uncertainty", "page_environment", "size_of"]
+__all__ = ["Demo", "Expect", "Report", "Uncertainty"]
 
 _DIGITS = tuple("0123456789")
 _VERDICTS = (0, 3, 4, 5)  # that thermalize ends with
@@ -403,12 +404,6 @@ class Demo:
         print(f"Make it again: {shlex.join(['pushforward', *arguments])}")
 
 
-def size_of(options: NetworkOptions, net: nn.Module) -> str:
-    """The network's name with the number of its parameters, for subtitles."""
-    parameters = sum(parameter.numel() for parameter in net.parameters())
-    return f"{options.network}, {parameters:,} parameters"
-
-
 def _subtitle(settings: Report, net: nn.Module, loaded: LoadedLaw) -> str:
     from pushforward.report.formatting import TIMES
 
@@ -420,53 +415,6 @@ def _subtitle(settings: Report, net: nn.Module, loaded: LoadedLaw) -> str:
     return (
         f"{network}, inputs of shape {shape} from the Gaussian law of {count:,} examples in {name}"
     )
-
-
-def page_environment(
-    options: NetworkOptions, net: nn.Module, command: str, seed: int, more: dict[str, str]
-) -> dict[str, str]:
-    """What made a page, name to value.
-
-    Parameters
-    ----------
-    options, net
-        The network.
-    command, seed
-        Of the run.
-    more
-        Entries of this command.
-
-    Returns
-    -------
-    dict
-        With versions, device, precision and the fingerprint of the weights.
-    """
-    import datetime
-    import hashlib
-    import platform
-
-    import torch
-
-    from pushforward import __version__
-
-    weights = "as the factory made them"
-    if options.weights is not None:
-        digest = hashlib.sha256(options.weights.read_bytes()).hexdigest()
-        weights = f"{options.weights} (SHA-256 {digest[:16]}…)"
-    parameter = next(net.parameters(), None)
-    precision = "" if parameter is None else str(parameter.dtype).removeprefix("torch.")
-    return {
-        "Command": command,
-        "Weights": weights,
-        **more,
-        "Network precision": precision or "no parameters",
-        "Seed": str(seed),
-        "Device": f"{options.device}, {torch.get_num_threads()} threads",
-        "pushforward": __version__,
-        "PyTorch": torch.__version__,
-        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "Made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
-    }
 
 
 def _print_estimate(estimate: Estimate, labels: tuple[str, ...], name: str) -> None:

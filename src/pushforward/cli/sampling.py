@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from pushforward.cli.commands import page_environment, size_of
 from pushforward.cli.options import ExampleOptions, Likelihood, NetworkOptions, SamplerOptions
+from pushforward.cli.pages import make_folder, page_environment, size_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pushforward.sampling.kernel import Kernel
     from pushforward.typing import Params
 
-__all__ = ["Sample", "make_folder", "spread_rows"]
+__all__ = ["Sample", "spread_rows"]
 
 _PROBES = 8  # inputs whose predictions are followed
 _PROBED_NUMBERS = 100
@@ -331,28 +331,3 @@ def _zeros(kernel: Kernel) -> Params:
 
     vector = torch.zeros(kernel.space.size, dtype=kernel.dtype, device=kernel.device)
     return kernel.space.unravel(vector)
-
-
-def make_folder(path: Path) -> None:
-    """Refuse a folder that cannot be written to before the work, not after it.
-
-    Parameters
-    ----------
-    path
-        Made when it does not exist.
-
-    Raises
-    ------
-    OptionError
-        With the reason.
-    """
-    from pushforward.errors import OptionError
-
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(
-            f"cannot be written ({error.strerror or error})",
-            where=str(path),
-            advice="Choose a folder that you may write to.",
-        ) from error

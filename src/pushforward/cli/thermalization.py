@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from pushforward.cli.commands import page_environment, size_of
 from pushforward.cli.options import ExampleOptions, Likelihood, NetworkOptions, SamplerOptions
-from pushforward.cli.sampling import make_folder, spread_rows
+from pushforward.cli.pages import make_folder, page_environment, size_of
+from pushforward.cli.sampling import spread_rows
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

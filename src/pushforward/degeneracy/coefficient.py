@@ -96,6 +96,8 @@ class LearningCoefficient(Estimate):
     quadratic
         ``1/2 sum n beta h / (n beta h + gamma)`` over the eigenvalues of the Hessian at
         ``w*``: what the coefficient would be if the loss were quadratic.
+    slope
+        What the gradient at ``w*`` takes from that: 0 at a minimum.
     crosschecks
         Estimates of the coefficient from other relations, by name: ``"two temperatures"`` and
         ``"variance"`` do without ``L(w*)``.
@@ -134,6 +136,7 @@ class LearningCoefficient(Estimate):
     expected_bias: float
     acceptance: float
     quadratic: Measured | None
+    slope: float
     crosschecks: dict[str, Measured]
     singular_fluctuation: Measured | None
     waic: float
@@ -195,7 +198,9 @@ class LearningCoefficient(Estimate):
             known,
         ]
         if self.quadratic is not None:
-            lines.append(f"  {self.quadratic} if the loss were quadratic")
+            lines.append(
+                f"  {self.quadratic} if the loss were quadratic, {self.slope:+.3g} for the slope"
+            )
         lines += [f"  {found} by {name}" for name, found in self.crosschecks.items()]
         lines.append(f"  cost: {self.cost}")
         lines += [f"  {check}" for check in self.checks if check.status != "pass"]

@@ -19,6 +19,7 @@ from pushforward.degeneracy.evidence import (
     crosschecks,
     quadratic_coefficient,
     singular_fluctuation,
+    slope_effect,
     waic,
 )
 from pushforward.degeneracy.neighbourhood import Metric, Neighbourhood
@@ -213,9 +214,10 @@ def coefficient_of(
     elif walk.learns:  # on all data the excess is exact
         means = excess / around.nbeta + around.initial_loss
     below = float((means < around.initial_loss).double().mean()) if means.numel() else 0.0
+    quadratic, slope = _quadratic(around, seed)
     checks = (
         alive_check(main.alive),
-        minimum_check(value, error, below),
+        minimum_check(value, error, below, slope),
         step_check(measured, value, sharpest),
         equilibrium_check(coarse),
     )
@@ -255,7 +257,8 @@ def coefficient_of(
         runs=tuple(measured),
         expected_bias=bias,
         acceptance=_acceptance(runs, seed),
-        quadratic=_quadratic(around, seed),
+        quadratic=quadratic,
+        slope=slope,
         crosschecks=crosschecks(means, around),
         singular_fluctuation=None
         if logarithms is None
@@ -288,9 +291,9 @@ def _acceptance(runs: Runs, seed: int) -> float:
     return acceptance(runs.walk.around, positions, runs.step_size, seed)
 
 
-def _quadratic(around: Neighbourhood, seed: int) -> Measured | None:
-    """None where the network cannot be differentiated twice."""
+def _quadratic(around: Neighbourhood, seed: int) -> tuple[Measured | None, float]:
+    """None and NaN where the network cannot be differentiated twice."""
     try:
-        return quadratic_coefficient(around, seed)
+        return quadratic_coefficient(around, seed), slope_effect(around)
     except (RuntimeError, NotImplementedError):
-        return None
+        return None, torch.nan

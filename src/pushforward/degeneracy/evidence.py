@@ -20,6 +20,7 @@ __all__ = [
     "proposal_log_ratio",
     "quadratic_coefficient",
     "singular_fluctuation",
+    "slope_effect",
     "waic",
 ]
 
@@ -151,6 +152,39 @@ def quadratic_coefficient(around: Neighbourhood, seed: int) -> Measured:
     steps = min(_LANCZOS_STEPS, around.num_parameters)
     forms = quadratic_forms(product, probes, share, steps)
     return Measured(float(forms.mean()), float(forms.std()) / sqrt(_PROBES))
+
+
+def slope_effect(around: Neighbourhood) -> float:
+    """What a gradient ``g`` at ``w*`` adds to the coefficient if the loss is quadratic.
+
+    Chains then live around another point: ``-sum (n beta g)^2 / a (1 - n beta h / (2 a))`` with
+    ``a = n beta h + gamma``. It is zero at a minimum, and negative elsewhere.
+
+    Parameters
+    ----------
+    around
+        The neighbourhood.
+
+    Returns
+    -------
+    float
+        In units of the coefficient; on part of the data where there are many.
+    """
+    gamma, centre = around.localization, around.centre[None]
+    _, gradient = around.probed.value_and_gradient(centre)
+    start = around.scale * gradient
+    if not bool((start != 0).any()):
+        return 0.0
+
+    def product(vectors: Tensor) -> Tensor:
+        return around.scale * around.probed.curvature_product(centre, around.scale * vectors)
+
+    def effect(curvatures: Tensor) -> Tensor:
+        held = curvatures.clamp(min=gamma)
+        return -(1 - 0.5 * (held - gamma) / held) / held
+
+    steps = min(_LANCZOS_STEPS, around.num_parameters)
+    return float(quadratic_forms(product, start, effect, steps))
 
 
 def acceptance(

@@ -24,6 +24,7 @@ _UNSTABLE = 3.0  # step size times curvature; 4 is the edge
 _CHANGES = 0.1  # of the value, by halving the step size
 _LARGEST_R_HAT = 1.1
 _FEWEST_EFFECTIVE = 50
+_SLOPE = 0.25  # of the value, that the gradient may account for
 _BELOW = 0.05  # share of draws that may have a smaller loss than w*
 
 _MEANS: dict[str, Verdict] = {
@@ -49,13 +50,18 @@ def alive_check(alive: Tensor) -> Check:
     return _check("chains-alive", not dead, detail, "Take a smaller step size.")
 
 
-def minimum_check(value: float, error: float, below: float) -> Check:
-    """Whether chains go up from the weights, not down."""
-    good = value + 2 * error > 0 and below <= _BELOW
-    detail = f"{100 * below:.2g} % of the draws have a smaller loss than the network itself"
-    return _check(
-        "at-a-minimum", good, detail, "The network is not at a minimum at this temperature."
+def minimum_check(value: float, error: float, below: float, slope: float) -> Check:
+    """Whether chains go up from the weights, not down, and the loss has no slope there."""
+    detail = (
+        f"{100 * below:.2g} % of the draws have a smaller loss than the network itself; its "
+        f"slope takes {-slope:.2g} from the value, if the loss is quadratic"
     )
+    if value + 2 * error <= 0 or below > _BELOW:
+        status: Status = "fail"
+    else:
+        status = "warn" if -slope > max(2 * error, _SLOPE * abs(value)) else "pass"
+    advice = "The network is not quite at a minimum at this temperature: train on."
+    return Check("at-a-minimum", status, detail, "" if status == "pass" else advice)
 
 
 def step_check(runs: Sequence[Measured], value: float, sharpest: float) -> Check:

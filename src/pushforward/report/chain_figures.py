@@ -29,11 +29,14 @@ class Panel:
         One line for each chain.
     warmup
         The lines before the first draw.
+    strip
+        Ends of a range to mark across the panel.
     """
 
     title: str
     draws: Sequence[Sequence[float]]
     warmup: Sequence[Sequence[float]] = ()
+    strip: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ def traces_svg(panels: Sequence[Panel], key: str, *, thin: int = 1) -> str:
         rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axes, panel in zip(rows, panels, strict=True):
             seen: list[float] = []
+            if panel.strip is not None:
+                axes.axhspan(*panel.strip, color=MUTED, alpha=0.22, lw=0)
+                seen += panel.strip
             for line in panel.warmup[:_CHAINS_DRAWN]:
                 x = [(i - len(line)) * thin for i in range(len(line))]
                 axes.plot(*_thinned(x, line), color=MUTED, lw=0.7, alpha=0.45)

@@ -1,0 +1,91 @@
+"""What all commands that write a page need: a folder, a subtitle, and what made the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pushforward.cli.options import NetworkOptions
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["make_folder", "page_environment", "size_of"]
+
+
+def size_of(options: NetworkOptions, net: nn.Module) -> str:
+    """The network's name with the number of its parameters, for subtitles."""
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    return f"{options.network}, {parameters:,} parameters"
+
+
+def page_environment(
+    options: NetworkOptions, net: nn.Module, command: str, seed: int, more: dict[str, str]
+) -> dict[str, str]:
+    """What made a page, name to value.
+
+    Parameters
+    ----------
+    options, net
+        The network.
+    command, seed
+        Of the run.
+    more
+        Entries of this command.
+
+    Returns
+    -------
+    dict
+        With versions, device, precision and the fingerprint of the weights.
+    """
+    import datetime
+    import hashlib
+    import platform
+
+    import torch
+
+    from pushforward import __version__
+
+    weights = "as the factory made them"
+    if options.weights is not None:
+        digest = hashlib.sha256(options.weights.read_bytes()).hexdigest()
+        weights = f"{options.weights} (SHA-256 {digest[:16]}…)"
+    parameter = next(net.parameters(), None)
+    precision = "" if parameter is None else str(parameter.dtype).removeprefix("torch.")
+    return {
+        "Command": command,
+        "Weights": weights,
+        **more,
+        "Network precision": precision or "no parameters",
+        "Seed": str(seed),
+        "Device": f"{options.device}, {torch.get_num_threads()} threads",
+        "pushforward": __version__,
+        "PyTorch": torch.__version__,
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "Made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
+    }
+
+
+def make_folder(path: Path) -> None:
+    """Refuse a folder that cannot be written to before the work, not after it.
+
+    Parameters
+    ----------
+    path
+        Made when it does not exist.
+
+    Raises
+    ------
+    OptionError
+        With the reason.
+    """
+    from pushforward.errors import OptionError
+
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(
+            f"cannot be written ({error.strerror or error})",
+            where=str(path),
+            advice="Choose a folder that you may write to.",
+        ) from error
