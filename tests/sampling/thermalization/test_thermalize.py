@@ -206,6 +206,12 @@ def test_any_distance_from_the_teacher_will_do():
         assert one.identities == two.identities
 
 
+@pytest.mark.parametrize("wrong", [lambda *_: 1.0, lambda _, outputs: outputs.mean()])
+def test_a_statistic_is_one_number_a_draw(wrong):
+    with pytest.raises(OptionError, match="one number a draw"):
+        thermalize(linear_problem(), _relaxation(), seeds=1, statistic=wrong, **QUICK)
+
+
 def test_a_teacher_without_noise_has_no_identities():
     found = thermalize(linear_problem(label_noise=False), _relaxation(), seeds=8, **QUICK)
     assert not found.identities

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pushforward.errors import DataError
+from pushforward.errors import DataError, OptionError
 from pushforward.networks.likelihoods import Gaussian
 from pushforward.networks.model import FunctionalModel
 from pushforward.networks.parameters import ParameterSpace
@@ -218,7 +218,7 @@ def observe(
     fitted = instance.outputs(parameters, instance.inputs)
     flat = outputs.double().flatten(1)
     found = {
-        "error": (statistic or Instance.errors)(instance, outputs).double(),
+        "error": _distance(instance, outputs, statistic),
         "train loss": _train_loss(instance, fitted),
         "mean output": flat.mean(1),
         "mean squared output": flat.square().mean(1),
@@ -230,6 +230,18 @@ def observe(
     if all(name in values for name in instance.latents):
         found |= _of_density(instance, values) | _residuals(instance, fitted, values)
     return found
+
+
+def _distance(instance: Instance, outputs: Tensor, statistic: Statistic | None) -> Tensor:
+    found = (statistic or Instance.errors)(instance, outputs)
+    if not isinstance(found, Tensor) or tuple(found.shape) != (len(outputs),):
+        kind = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise OptionError(
+            f"it returned {kind} for outputs {tuple(outputs.shape)}",
+            where="statistic",
+            advice=f"Return one number a draw, a tensor ({len(outputs)},).",
+        )
+    return found.double()
 
 
 def identity_values(
