@@ -82,41 +82,40 @@ def agreement(trace: Float[Tensor, "chain draw"]) -> Agreement:
 
 
 def extrapolated(
-    coarse: tuple[float, float], fine: tuple[float, float], expected_bias: float
-) -> tuple[float, float, float]:
+    coarse: tuple[float, float], fine: tuple[float, float], bias: tuple[float, float]
+) -> tuple[float, float]:
     """The value at step size 0 from runs at ``eps`` and ``eps / 2``.
 
     Both have a bias that is linear in the step size, ``2 b`` and ``b``. What is known of ``b`` in
-    advance, that it is about as large as `expected_bias`, enters as a normal law. So runs are
-    averaged where no bias is to be expected, and where it is, this is Richardson's ``2 fine -
+    advance enters as a normal law, and the value is that of least squares. So runs are averaged
+    where no bias is to be expected, and where it may be anything this is Richardson's ``2 fine -
     coarse`` with its larger error; in between there is no threshold.
 
     Parameters
     ----------
     coarse, fine
         Mean and standard error of each run.
-    expected_bias
-        Of the fine run.
+    bias
+        Mean and standard deviation of what is expected of ``b``, that of the fine run.
 
     Returns
     -------
     tuple
-        Value, standard error, and the bias ``b`` of the fine run.
+        Value and standard error.
 
     Examples
     --------
-    >>> extrapolated((10.0, 0.1), (10.0, 0.1), 0.0)[0]
-    10.0
+    >>> value, error = extrapolated((10.4, 0.1), (10.2, 0.1), (0.0, 1e9))
+    >>> round(value, 3), round(error, 3)
+    (10.0, 0.224)
     """
-    (x, s), (y, t) = coarse, fine
-    # Precision of (value, b), from x = value + 2 b + s, y = value + b + t, b = 0 + expected.
-    u, v = 1 / max(s, 1e-300) ** 2, 1 / max(t, 1e-300) ** 2
-    w = 1 / max(expected_bias, 1e-9 * (abs(y) + 1e-300)) ** 2
+    (x, s), (y, t), (expected, spread) = coarse, fine, bias
+    # Precisions of x = value + 2 b, of y = value + b and of b = expected.
+    u, v, w = (1 / max(error, 1e-12 * (abs(y) + 1e-12)) ** 2 for error in (s, t, spread))
     a, b, c = u + v, 2 * u + v, 4 * u + v + w
     determinant = a * c - b * b
-    right, below = u * x + v * y, 2 * u * x + v * y
-    value = (c * right - b * below) / determinant
-    return value, sqrt(c / determinant), (a * below - b * right) / determinant
+    right, below = u * x + v * y, 2 * u * x + v * y + w * expected
+    return (c * right - b * below) / determinant, sqrt(c / determinant)
 
 
 def _monte_carlo(trace: Tensor) -> tuple[float, float, float]:

@@ -41,6 +41,9 @@ from pushforward.sampling.potential import Loss
 
 __all__ = ["coefficient_of", "learning_coefficient"]
 
+# The expected bias is one from above: the minibatches' part assumes that the loss holds all
+# directions in which they are noisy.
+_LIKELY, _SPREAD = 0.75, 0.5
 _SMALL_BIAS = 0.005  # of the value, that is always possible
 
 
@@ -272,16 +275,18 @@ def coefficient_of(
 
 
 def _at_step_zero(coarse: Measured, fine: Measured, bias: float) -> tuple[float, float]:
-    """Richardson's extrapolation where there is, or may be, something to extrapolate."""
+    """Richardson's extrapolation as far as there is, or may be, something to extrapolate."""
     change = coarse.value - fine.value
     error = sqrt(coarse.standard_error**2 + fine.standard_error**2)
-    expected = max(bias / 2, _SMALL_BIAS * abs(fine.value))
+    likely = _LIKELY * bias / 2
+    spread = max(_SPREAD * bias / 2, _SMALL_BIAS * abs(fine.value))
     if abs(change) > 2 * error:
-        expected = max(expected, abs(change))
-    value, spread, _ = extrapolated(
-        (coarse.value, coarse.standard_error), (fine.value, fine.standard_error), expected
+        spread = max(spread, abs(change))
+    return extrapolated(
+        (coarse.value, coarse.standard_error),
+        (fine.value, fine.standard_error),
+        (likely, spread),
     )
-    return value, spread
 
 
 def _acceptance(runs: Runs, seed: int) -> float:
