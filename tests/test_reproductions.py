@@ -399,3 +399,135 @@ def test_a_large_network_in_small(tmp_path, capsys):
     assert result["peak bytes"] > 5 * 4 * result["parameters"]
     assert result["seconds a pass"] > 0
     assert "a round over 1,281,167 images, extrapolated" in capsys.readouterr().out
+
+
+# --- learning coefficients -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def coefficients():
+    return importlib.import_module("reproductions.learning_coefficient")
+
+
+TINY = ["--chains", "2", "--draws", "16", "--warmup", "16"]
+
+
+@pytest.mark.parametrize("points", ["generic", "reduced"])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_truth_of_a_deep_linear_network_is_that_of_its_factors(
+    coefficients, points, seed, tmp_path
+):
+    from pushforward.degeneracy.deep_linear_points import deep_linear_local
+
+    group = coefficients.Group((2, 6), (2, 3), 1e5, 5e-7, 40)
+    options = coefficients.DeepLinear(tmp_path, points=points)
+    generator = torch.Generator().manual_seed(seed)
+    widths, ranks = coefficients._drawn(options, group, generator)
+    net = coefficients._linear_network(widths, ranks, generator)
+    factors = [layer.weight.detach() for layer in net]
+    assert [int(torch.linalg.matrix_rank(factor)) for factor in factors] == ranks
+    assert deep_linear_local(coefficients._stand_ins(widths, ranks)) == deep_linear_local(factors)
+
+
+def test_curvatures_of_a_deep_linear_network_are_those_of_its_loss(coefficients, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    net = coefficients._linear_network((3, 2, 4, 3), (2, 2, 3), generator)
+    x = coefficients._inputs(coefficients.DeepLinear(tmp_path), 3, generator)
+    torch.testing.assert_close(x.T @ x / 3, 100 / 3 * torch.eye(3, dtype=torch.float64))
+    vector = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+    names, shapes = zip(*((n, p.shape) for n, p in net.named_parameters()), strict=True)
+
+    def loss(weights):
+        parts = weights.split([shape.numel() for shape in shapes])
+        named = {n: p.view(s) for n, p, s in zip(names, parts, shapes, strict=True)}
+        outputs = torch.func.functional_call(net, named, (x,))
+        return coefficients._mean_square(outputs, net(x).detach()).mean()
+
+    curvatures = torch.linalg.eigvalsh(torch.func.jacrev(torch.func.grad(loss))(vector)).clamp(
+        min=0
+    )
+    expected = 0.5 * (7 * curvatures / (7 * curvatures + 2)).sum()
+    assert coefficients._exact_quadratic(net, 7.0, 2.0) == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("method", ["hmc", "published"])
+def test_deep_linear_networks_are_estimated_once(
+    coefficients, method, tmp_path, capsys, monkeypatch
+):
+    small = coefficients.Group((2, 4), (2, 2), 1e3, 1e-6, 160)
+    monkeypatch.setitem(coefficients.GROUPS, "5-50", small)
+    call = ["deep-linear", "--output", str(tmp_path), "--networks", "1", "--method", method, *TINY]
+    assert coefficients.main(call) == 0
+    path = tmp_path / f"deep-linear-5-50-generic-{method}-0.json"
+    found = json.loads(path.read_text("utf-8"))
+    assert 0.3 * found["lambda"] < found["value"] < 2 * found["lambda"]
+    assert found["num_draws"] == 16
+    assert found["sampler"] == {"hmc": "hmc", "published": "sgld"}[method]
+    assert "published, all groups: -18 %" in capsys.readouterr().out
+    written = path.stat().st_mtime_ns
+    assert coefficients.main(call) == 0
+    assert path.stat().st_mtime_ns == written
+    assert coefficients.main([*call, "--group", "1-2"]) == 2
+    assert "there is no group" in capsys.readouterr().err
+
+
+def test_digits_are_ordered_like_hmc_orders_them(coefficients, tmp_path, capsys):
+    call = ["digits", "--output", str(tmp_path), "--steps", "2", *TINY]
+    assert coefficients.main([*call, "--samplers", "langevin"]) == 0
+    assert (tmp_path / "digits-0-langevin-2.json").exists()
+    assert "| 0 | langevin |" in capsys.readouterr().out
+    text = coefficients._digits_table(
+        [
+            {
+                "settings": {"seed": 0, "sampler": sampler, "step": step},
+                "localization": 1.0,
+                "value": value,
+                "standard_error": 0.1,
+                "verdict": "OK",
+                "cpu_seconds": 1.0,
+            }
+            for sampler, values in (("hmc", (1.0, 2.0)), ("sgld", (2.0, 1.0)))
+            for step, value in enumerate(values)
+        ]
+    )
+    assert [line.split("|")[-2].strip() for line in text.splitlines()[-2:]] == [
+        "the same",
+        "another",
+    ]
+
+
+def test_mnist_compares_two_optimisers(coefficients, folder, tmp_path, capsys):
+    call = ["mnist", "--output", str(tmp_path / "out"), "--hidden", "4", "--seeds", "0"]
+    call += ["--epochs", "2", "--num-train", "60", "--batch-size", "16", "--data-dir", str(folder)]
+    call += ["--localizations", "100", *TINY]
+    assert coefficients.main(call) == 0
+    for optimiser in ("sgd", "entropy-sgd"):
+        path = tmp_path / "out" / f"mnist-{optimiser}-0-100.json"
+        found = json.loads(path.read_text("utf-8"))
+        assert 0 <= found["train error"] <= 1
+        assert found["num_examples"] == 60
+    assert "| 100 | " in capsys.readouterr().out
+    assert coefficients.main([*call, "--num-train", "65"]) == 2
+    assert "only 64 training images" in capsys.readouterr().err
+    assert coefficients._comparison(found, {**found, "value": found["value"] + 1e6}) == 1
+    assert coefficients._comparison(found, {**found, "value": found["value"] - 1e6}) == -1
+    assert coefficients._comparison(found, found) == 0
+
+
+def test_entropy_sgd_with_one_inner_step_is_sgd(coefficients):
+    def trained(train, **settings):
+        net = coefficients._perceptron((3, 2), 0)
+        x, y = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 2
+        gradient = coefficients._minibatches(net, x, y, 4, 0)
+        train(net, gradient, 6, settings.pop("rate"), 0.0, 0, **settings)
+        return torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+
+    plain = {"inner": 1, "inner_rate": 0.1, "memory": 1.0, "noise": 0.0}
+    torch.testing.assert_close(
+        trained(coefficients._entropy_sgd, rate=0.5, **plain),
+        trained(coefficients._sgd, rate=0.05),
+    )
+    spring = trained(coefficients._entropy_sgd, rate=0.5, **plain | {"inner": 2, "scope": 5.0})
+    free = trained(coefficients._entropy_sgd, rate=0.5, **plain | {"inner": 2, "scope": 0.0})
+    start = trained(coefficients._sgd, rate=0.0)
+    assert (spring - start).norm() < 0.95 * (free - start).norm()

@@ -52,7 +52,7 @@ def test_demo_writes_the_report_of_its_own_command(
 ) -> None:
     folder = tmp_path / "demo"
     arguments = ["--output", str(folder), "--samples", "256", "--epochs", "1", "--draws", "4"]
-    assert main(["demo", *arguments, "--problems", "2"]) == 0
+    assert main(["demo", *arguments, "--steps", "16", "--problems", "2"]) == 0
     printed = capsys.readouterr().out
     assert str(folder / "index.html") in printed
     page = (folder / "index.html").read_text(encoding="utf-8")
@@ -64,6 +64,9 @@ def test_demo_writes_the_report_of_its_own_command(
     assert evaluation["num_examples"] == 300
     assert len(evaluation["rows"]) == 4
     assert page.count('class="thumb"') == 12
+    degeneracy = result["sections"]["degeneracy"]["results"]
+    assert (degeneracy["num_draws"], degeneracy["num_examples"]) == (16, 1348)
+    assert degeneracy["verdict"] in printed
     assert (folder / "posterior.safetensors").exists()
 
     found = json.loads((folder / "thermalization" / "result.json").read_text(encoding="utf-8"))
@@ -80,6 +83,7 @@ def test_demo_writes_the_report_of_its_own_command(
     assert repeated["sections"]["expected-output"]["results"]["outputs"] == outputs
     again_rows = repeated["sections"]["uncertainty"]["results"]["evaluation"]["rows"]
     assert again_rows == evaluation["rows"]
+    assert repeated["sections"]["degeneracy"]["results"]["value"] == degeneracy["value"]
 
 
 def test_folder_that_cannot_be_made_is_refused(

@@ -13,9 +13,9 @@ __all__ = ["main"]
 
 _DESCRIPTION = """Push the law of the inputs through a network: expected outputs, spread and tails \
 with error bars, without sampling. Ask how sure it is of its predictions; draw networks from the \
-posterior of its weights, and test whether a sampler reaches it. A network is named as \
-package.module:factory, a function that returns a torch.nn.Module; its weights come from a \
-safetensors file. No pickle is ever loaded."""
+posterior of its weights, and test whether a sampler reaches it; measure how degenerate a solution \
+is. A network is named as package.module:factory, a function that returns a torch.nn.Module; its \
+weights come from a safetensors file. No pickle is ever loaded."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,11 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     -------
     int
         0 when the command succeeded, 2 when its input was refused, 130 when it was interrupted.
-        ``thermalize`` adds 3 (not converged), 4 (wrong kernel) and 5 (inconclusive).
+        ``thermalize`` adds 3 (not converged), 4 (wrong kernel) and 5 (inconclusive);
+        ``degeneracy`` 3 (not equilibrated), 4 (step too large), 5 (not a minimum) and 6 (dead
+        chains).
     """
     import tyro
 
     from pushforward.cli.commands import Demo, Expect, Report, Uncertainty
+    from pushforward.cli.degeneracy import Degeneracy
     from pushforward.cli.sampling import Sample
     from pushforward.cli.thermalization import Thermalize
 
@@ -50,10 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         | Annotated[Uncertainty, tyro.conf.subcommand("uncertainty")]
         | Annotated[Sample, tyro.conf.subcommand("sample")]
         | Annotated[Thermalize, tyro.conf.subcommand("thermalize")]
+        | Annotated[Degeneracy, tyro.conf.subcommand("degeneracy")]
         | Annotated[Demo, tyro.conf.subcommand("demo")]
     )
     try:
-        command: Report | Expect | Uncertainty | Sample | Thermalize | Demo = tyro.cli(
+        command: Report | Expect | Uncertainty | Sample | Thermalize | Degeneracy | Demo = tyro.cli(
             commands,
             prog="pushforward",
             description=_DESCRIPTION,

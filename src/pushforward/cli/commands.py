@@ -19,8 +19,10 @@ from pushforward.cli.pages import page_environment, size_of
 if TYPE_CHECKING:
     from torch import nn
 
+    from pushforward.cli.degeneracy import WalkerName
     from pushforward.cli.loading import LoadedLaw
     from pushforward.cli.posterior import ExampleFiles
+    from pushforward.report.page import Section
     from pushforward.runs.estimate import Estimate
 
 __all__ = ["Demo", "Expect", "Report", "Uncertainty"]
@@ -33,7 +35,8 @@ _VERDICTS = (0, 3, 4, 5)  # that thermalize ends with
 class Report:
     """Write one HTML page: expected outputs, spread and tails, each beside a Monte Carlo check.
 
-    With --likelihood, --train and --test the page also says how sure the network is.
+    With --likelihood, --train and --test the page also says how sure the network is, and with
+    --degeneracy how degenerate it is.
 
     Parameters
     ----------
@@ -68,6 +71,13 @@ class Report:
         Name of the array of targets. Default: y, targets, target, labels, label or Y.
     laplace
         The posterior over the weights.
+    degeneracy
+        Sampler for a section on the learning coefficient at the weights, on the training examples;
+        of the parameters in --subset alone when that is given.
+    degeneracy_draws
+        Steps of each of its chains. Default: 2,000; 300 of hmc.
+    localization
+        Strength of the spring that holds them near the weights. Default: as weak as they can bear.
     """
 
     network: NetworkOptions
@@ -85,6 +95,9 @@ class Report:
     validation: Path | None = None
     target_key: str | None = None
     laplace: LaplaceOptions = LaplaceOptions()  # noqa: RUF009 - frozen
+    degeneracy: Literal["none", "auto", "langevin", "sgld", "hmc", "mala"] = "none"
+    degeneracy_draws: int | None = None
+    localization: float | None = None
 
     def run(self, command: str) -> None:
         """Write the page and print where it is.
@@ -130,6 +143,8 @@ class Report:
                     path=self.output / "posterior.safetensors",
                 )
             )
+            if self.degeneracy != "none":
+                sections.append(self._degeneracy(net, self.degeneracy, self.likelihood, files))
         factory = self.network.network.rpartition(":")[2]
         written = page.write(
             page.Report(
@@ -146,8 +161,31 @@ class Report:
             print(item.verdict.headline)
         print(f"Report: {written}")
 
+    def _degeneracy(
+        self, net: nn.Module, sampler: WalkerName, likelihood: Likelihood, files: ExampleFiles
+    ) -> Section:
+        from pushforward.cli.degeneracy import Measurement
+        from pushforward.degeneracy.settings import Settings
+
+        _, section = Measurement(
+            net=net,
+            device=files.device,
+            data=files.train,
+            examples=files.names,
+            likelihood=likelihood,
+            noise_variance=self.laplace.noise_variance,
+            settings=Settings(
+                sampler=sampler,
+                num_draws=self.degeneracy_draws,
+                localization=self.localization,
+            ),
+            subset=self.laplace.subset,
+            seed=self.seed,
+        ).run()
+        return section
+
     def _files(self) -> ExampleFiles | None:
-        """What the section on uncertainty is made from.
+        """What the sections on uncertainty and degeneracy are made from.
 
         Returns
         -------
@@ -162,7 +200,7 @@ class Report:
         from pushforward.errors import OptionError
 
         given = {"--likelihood": self.likelihood, "--train": self.train, "--test": self.test}
-        if not any((*given.values(), self.validation)):
+        if not any((*given.values(), self.validation)) and self.degeneracy == "none":
             return None
         missing = [name for name, value in given.items() if value is None]
         if missing or self.train is None or self.test is None:
@@ -325,6 +363,7 @@ class Uncertainty:
 class Demo:
     """Train a small classifier of handwritten digits, and report on it.
 
+    The page says what it outputs, how sure it is, and how degenerate a solution training found.
     Then test on a smaller network whether Gibbs sampling reaches the posterior.
 
     Parameters
@@ -337,6 +376,8 @@ class Demo:
         Posterior draws of the section on uncertainty.
     epochs
         Passes over the training data.
+    steps
+        Of each chain that measures how degenerate the classifier is; 0 for none.
     problems
         On which the sampler is tested; 0 for none.
     seed
@@ -347,6 +388,7 @@ class Demo:
     samples: int = 100_000
     draws: int = 64
     epochs: int = 30
+    steps: int = 300
     problems: int = 8
     seed: int = 0
 
@@ -364,7 +406,7 @@ class Demo:
             With the code of a command when it fails.
         """
         from pushforward.cli import main
-        from pushforward.cli.demo import THERMALIZATION, prepare_digits
+        from pushforward.cli.demo import DEGENERACY, THERMALIZATION, prepare_digits
 
         print("Training a classifier of handwritten digits ...")
         trained = prepare_digits(self.output, seed=self.seed, epochs=self.epochs)
@@ -386,6 +428,8 @@ class Demo:
             *("--image-shape", "8", "8"),
             *("--output", str(self.output)),
         ]
+        if self.steps:
+            arguments += [*DEGENERACY, "--degeneracy-draws", str(self.steps)]
         code = main(arguments)
         if code:
             raise SystemExit(code)

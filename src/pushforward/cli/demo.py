@@ -17,7 +17,17 @@ from torch.nn import functional
 
 from pushforward.errors import DataError, OptionError
 
-__all__ = ["THERMALIZATION", "DigitsRun", "digits_classifier", "prepare_digits", "small_network"]
+__all__ = [
+    "DEGENERACY",
+    "THERMALIZATION",
+    "DigitsRun",
+    "digits_classifier",
+    "prepare_digits",
+    "small_network",
+]
+
+DEGENERACY = ("--degeneracy", "langevin", "--localization", "100")
+"""Options of the report for its section on how degenerate the classifier is."""
 
 THERMALIZATION = (
     *("thermalize", "pushforward.cli.demo:small_network", "--likelihood", "gaussian"),

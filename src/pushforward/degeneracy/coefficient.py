@@ -75,9 +75,9 @@ class LearningCoefficient(Estimate):
     num_examples, num_parameters
         Of the data, and those that were sampled.
     num_chains, num_draws, num_warmup
-        Of the main run, after a warm-up of so many steps.
+        Chains that began, steps of the main run, and steps before it.
     dead_chains
-        Chains that were excluded.
+        Chains that were lost along the way, and are excluded from there on.
     initial_loss
         ``L(w*)``, exactly: a mean over all examples.
     initial_loss_error
@@ -106,11 +106,11 @@ class LearningCoefficient(Estimate):
     waic, wbic
         Per example, and of all, in nats, at this temperature and localisation.
     excess
-        ``(chain, draw)``: ``n beta (L - L(w*))`` along the main run, estimated from minibatches.
+        ``(alive, draw)``: ``n beta (L - L(w*))`` along the main run, estimated from minibatches.
     warmup_excess
-        The same before it.
+        The same before it, of the chains that began.
     losses
-        ``(chain, draw)``: mean loss over all examples at spaced draws of the second run.
+        ``(survivor, spaced)``: mean loss over all examples at spaced draws of the second run.
     """
 
     _: KW_ONLY
@@ -141,9 +141,9 @@ class LearningCoefficient(Estimate):
     singular_fluctuation: Measured | None
     waic: float
     wbic: float
-    excess: Float[Tensor, "chain draw"] = field(metadata={"json": False})
-    warmup_excess: Float[Tensor, "chain step"] = field(metadata={"json": False})
-    losses: Float[Tensor, "chain spaced"] = field(metadata={"json": False})
+    excess: Float[Tensor, "alive draw"] = field(metadata={"json": False})
+    warmup_excess: Float[Tensor, "started step"] = field(metadata={"json": False})
+    losses: Float[Tensor, "survivor spaced"] = field(metadata={"json": False})
 
     @property
     def advice(self) -> str:
@@ -151,7 +151,7 @@ class LearningCoefficient(Estimate):
         return _ADVICE[self.verdict]
 
     @property
-    def chain_values(self) -> Float[Tensor, " chain"]:
+    def chain_values(self) -> Float[Tensor, " alive"]:
         """The coefficient from each chain of the main run, before extrapolation."""
         return self.excess.mean(1)
 

@@ -173,20 +173,16 @@ def learning_coefficient(
         net, data, loss, subset=subset, realisable=realisable, seed=seed
     )
     walk = Walk(around, settings.sampler_for(around), seed, checkpoint, progress)
-    return coefficient_of(walk_through(walk, settings), loss, seed, perf_counter() - began)
+    return coefficient_of(walk_through(walk, settings), seed, perf_counter() - began)
 
 
-def coefficient_of(
-    runs: Runs, loss: Likelihood | Loss, seed: int, seconds: float
-) -> LearningCoefficient:
+def coefficient_of(runs: Runs, seed: int, seconds: float) -> LearningCoefficient:
     """Turn what was walked into an answer.
 
     Parameters
     ----------
     runs
         Of `walk_through`.
-    loss
-        That the user gave: only logarithms of probabilities have a fluctuation.
     seed
         Of probes and proposals.
     seconds
@@ -200,6 +196,7 @@ def coefficient_of(
     began = perf_counter()
     walk, around, main, spaced = runs.walk, runs.walk.around, runs.main, runs.spaced
     alive = main.alive
+    dead = runs.started - int(spaced.alive.sum())
     excess = main.excess[alive]
     coarse = agreement(excess)
     measured = [Measured(coarse.mean, coarse.standard_error)]
@@ -219,24 +216,22 @@ def coefficient_of(
     below = float((means < around.initial_loss).double().mean()) if means.numel() else 0.0
     quadratic, slope = _quadratic(around, seed)
     checks = (
-        alive_check(main.alive),
-        minimum_check(value, error, below, slope),
+        alive_check(dead, runs.started),
+        minimum_check(measured, below, slope),
         step_check(measured, value, sharpest),
         equilibrium_check(coarse),
     )
-    logarithms = losses if isinstance(loss, Likelihood) else None
-    cost_steps = sum(w.chains.cost.evaluations for w in (*runs.warmups, main))
-    if spaced is not main:
-        cost_steps += spaced.chains.cost.evaluations
+    logarithms = losses if around.logarithms else None
+    walked = (*runs.warmups, main) if spaced is main else (*runs.warmups, main, spaced)
+    passes = sum(w.chains.cost.evaluations for w in walked) * walk.passes_per_step
     anchor = around.potential.anchor_losses
     scatter = float(anchor.std()) / sqrt(len(anchor)) if len(anchor) > 1 else torch.nan
-    warmup = [walked.excess for walked in runs.warmups if len(walked.excess) == len(main.excess)]
-    size = around.potential.batch_size
+    warmup = [walked.excess for walked in runs.warmups if len(walked.excess) == runs.started]
     step = runs.step_size
     return LearningCoefficient(
         value=torch.tensor(value, dtype=torch.float64),
         standard_error=torch.tensor(error, dtype=torch.float64),
-        cost=Cost(0.0, seconds + perf_counter() - began, cost_steps),
+        cost=Cost(0.0, seconds + perf_counter() - began, passes),
         method=f"{walk.sampler} at n beta {around.nbeta:.4g}, gamma {around.localization:.4g}",
         checks=(*checks, precision_check(value, error)),
         verdict=verdict_of(checks),
@@ -245,13 +240,13 @@ def coefficient_of(
         metric=around.metric,
         sampler=walk.sampler,
         step_size=step,
-        batch_size=around.num_examples if size is None or walk.learns else size,
+        batch_size=walk.batch_size,
         num_examples=around.num_examples,
         num_parameters=around.num_parameters,
-        num_chains=len(main.alive),
+        num_chains=runs.started,
         num_draws=main.chains.num_draws,
         num_warmup=sum(w.chains.num_draws for w in runs.warmups) + main.chains.num_warmup,
-        dead_chains=int((~main.alive).sum()),
+        dead_chains=dead,
         initial_loss=around.initial_loss,
         initial_loss_error=scatter,
         r_hat=coarse.r_hat,

@@ -70,6 +70,8 @@ class Neighbourhood:
         ``s``, ``(P,)``: 1 in the Euclidean metric.
     metric
         From which it comes.
+    realisable
+        Whether the targets are the network's own outputs.
     """
 
     potential: NetworkPotential
@@ -77,6 +79,7 @@ class Neighbourhood:
     localization: float
     scale: Float[Tensor, " P"]
     metric: Metric
+    realisable: bool = False
 
     @classmethod
     def of(
@@ -133,7 +136,7 @@ class Neighbourhood:
         if metric == "layerwise":
             scale = _layerwise_scale(potential, seed)
         gamma = 1.0 if localization is None else float(localization)
-        return cls(potential, nbeta, 0.0, scale, metric).localized(gamma)
+        return cls(potential, nbeta, 0.0, scale, metric, realisable).localized(gamma)
 
     def localized(self, localization: float) -> Neighbourhood:
         """The same with another spring.
@@ -170,6 +173,11 @@ class Neighbourhood:
     def euclidean(self) -> bool:
         """Whether all scales are 1."""
         return self.metric == "euclidean"
+
+    @property
+    def logarithms(self) -> bool:
+        """Whether losses are minus logarithms of probabilities of the data."""
+        return isinstance(self.potential.loss, Likelihood) and not self.realisable
 
     @cached_property
     def initial_loss(self) -> float:

@@ -34,6 +34,8 @@ class Runs:
     ----------
     walk
         With the localisation that was chosen.
+    started
+        How many chains began.
     step_size
         Of the main run; NaN where it was learned.
     warmups
@@ -46,6 +48,7 @@ class Runs:
     """
 
     walk: Walk
+    started: int
     step_size: float
     warmups: tuple[Walked, ...]
     main: Walked
@@ -99,7 +102,8 @@ def _metropolis_runs(walk: Walk, settings: Settings, start: Params | int) -> Run
         warmup=learning,
         losses=kept,
     )
-    return Runs(walk, torch.nan if step_size is None else step_size, (), main, main)
+    step = torch.nan if step_size is None else step_size
+    return Runs(walk, _count(start), step, (), main, main)
 
 
 def _langevin_runs(walk: Walk, settings: Settings, begin: Params | int) -> Runs:
@@ -143,7 +147,7 @@ def _langevin_runs(walk: Walk, settings: Settings, begin: Params | int) -> Runs:
         warmups.append(main)  # that is what it was
         start = main.survivors()
     survivors = main.survivors()
-    room = _MOST_LOSSES // (walk.around.num_examples * len(next(iter(survivors.values()))))
+    room = _MOST_LOSSES // (walk.around.num_examples * _count(survivors))
     spaced = max(_FEWEST_SPACED, min(draws, _SPACED_DRAWS, room))
     second = walk.run(
         "spaced",
@@ -154,7 +158,11 @@ def _langevin_runs(walk: Walk, settings: Settings, begin: Params | int) -> Runs:
         step_size=step / 2,
         losses=True,
     )
-    return Runs(walk, step, tuple(warmups), main, second)
+    return Runs(walk, _count(begin), step, tuple(warmups), main, second)
+
+
+def _count(start: Params | int) -> int:
+    return start if isinstance(start, int) else len(next(iter(start.values())))
 
 
 def _survived(

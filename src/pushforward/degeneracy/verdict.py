@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import sqrt
 
-from torch import Tensor
-
 from pushforward.degeneracy.agreement import Agreement
 from pushforward.degeneracy.coefficient import Measured, Verdict
 from pushforward.runs.estimate import Check, Status
@@ -24,6 +22,7 @@ _UNSTABLE = 3.0  # step size times curvature; 4 is the edge
 _CHANGES = 0.1  # of the value, by halving the step size
 _LARGEST_R_HAT = 1.1
 _FEWEST_EFFECTIVE = 50
+_NOTHING = 1e-6  # of the value: rounding
 _SLOPE = 0.25  # of the value, that the gradient may account for
 _BELOW = 0.05  # share of draws that may have a smaller loss than w*
 
@@ -41,27 +40,31 @@ def verdict_of(checks: Sequence[Check]) -> Verdict:
     return failed[0] if failed else "OK"
 
 
-def alive_check(alive: Tensor) -> Check:
+def alive_check(dead: int, started: int) -> Check:
     """Whether chains were lost."""
-    dead = int((~alive).sum())
-    detail = f"{dead} of {len(alive)} chains left for NaN or infinity and are excluded"
+    detail = f"{dead} of {started} chains left for NaN or infinity and are excluded"
     if not dead:
-        detail = f"all {len(alive)} chains stayed finite"
+        detail = f"all {started} chains stayed finite"
     return _check("chains-alive", not dead, detail, "Take a smaller step size.")
 
 
-def minimum_check(value: float, error: float, below: float, slope: float) -> Check:
+def minimum_check(runs: Sequence[Measured], below: float, slope: float) -> Check:
     """Whether chains go up from the weights, not down, and the loss has no slope there."""
+    # The runs are asked: what is extrapolated is negative also when the step is far too large.
+    value = runs[-1].value
+    error = runs[-1].standard_error
+    slope = 0.0 if abs(slope) < _NOTHING * abs(value) else slope
     detail = (
         f"{100 * below:.2g} % of the draws have a smaller loss than the network itself; its "
         f"slope takes {-slope:.2g} from the value, if the loss is quadratic"
     )
-    if value + 2 * error <= 0 or below > _BELOW:
-        status: Status = "fail"
-    else:
-        status = "warn" if -slope > max(2 * error, _SLOPE * abs(value)) else "pass"
-    advice = "The network is not quite at a minimum at this temperature: train on."
-    return Check("at-a-minimum", status, detail, "" if status == "pass" else advice)
+    if all(run.value + 2 * run.standard_error <= 0 for run in runs) or below > _BELOW:
+        advice = "The network is not at a minimum at this temperature: train on."
+        return Check("at-a-minimum", "fail", detail, advice)
+    if -slope > max(2 * error, _SLOPE * abs(value)):
+        advice = "The network is not quite at a minimum at this temperature: train on."
+        return Check("at-a-minimum", "warn", detail, advice)
+    return Check("at-a-minimum", "pass", detail)
 
 
 def step_check(runs: Sequence[Measured], value: float, sharpest: float) -> Check:

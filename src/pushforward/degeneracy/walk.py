@@ -28,6 +28,9 @@ SamplerName: TypeAlias = Literal["langevin", "sgld", "hmc", "mala"]
 """Langevin is SGLD with averaged noise; the last two have a Metropolis test on all data."""
 
 
+LEAPFROG_STEPS = 16  # of a trajectory, on average
+
+
 @dataclass(frozen=True, eq=False)
 class Walked:
     """What some steps of all chains gave.
@@ -97,6 +100,17 @@ class Walk:
         """Whether the sampler finds its own step size."""
         return self.sampler in {"hmc", "mala"}
 
+    @property
+    def batch_size(self) -> int:
+        """Examples in a gradient."""
+        size = self.around.potential.batch_size
+        return self.around.num_examples if size is None or self.learns else size
+
+    @property
+    def passes_per_step(self) -> int:
+        """Examples that one step of one chain takes through the network, on average."""
+        return self.batch_size * (LEAPFROG_STEPS if self.sampler == "hmc" else 1)
+
     def kernel(self, step_size: float | None) -> Kernel:
         """The sampler.
 
@@ -114,8 +128,9 @@ class Walk:
         if self.learns:
             whole = replace(around.potential, batch_size=None)
             mass = "diagonal" if around.euclidean else around.scale.square().reciprocal()
-            kind = HMC if self.sampler == "hmc" else MALA
-            return kind(whole, step_size=step_size, mass=mass)
+            if self.sampler == "hmc":
+                return HMC(whole, step_size=step_size, mass=mass, num_steps=LEAPFROG_STEPS)
+            return MALA(whole, step_size=step_size, mass=mass)
         assert step_size is not None
         return SGLD(
             around.potential,

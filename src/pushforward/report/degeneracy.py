@@ -21,20 +21,17 @@ from pushforward.report.page import (
     Tone,
     Verdict,
 )
-from pushforward.runs.estimate import Status
+from pushforward.runs.estimate import Check, Status
 
 __all__ = ["degeneracy_section"]
 
 _HEADLINES = {
     "OK": "The local learning coefficient is {value}; a regular model with {size} parameters "
     "has {half}.",
-    "NOT_EQUILIBRATED": "The chains are still on their way: {value} is not yet the local learning "
-    "coefficient.",
-    "STEP_TOO_LARGE": "The step size changes the answer: {value} is not the local learning "
-    "coefficient.",
-    "NOT_A_MINIMUM": "The network is not at a minimum of its loss: {value} does not say how "
-    "degenerate it is.",
-    "DEAD_CHAINS": "{dead} of {chains} chains left for NaN or infinity; the others say {value}.",
+    "NOT_EQUILIBRATED": "{value} is not yet the local learning coefficient.",
+    "STEP_TOO_LARGE": "{value} depends on the step size: it is not the local learning coefficient.",
+    "NOT_A_MINIMUM": "{value} is no measure of degeneracy: the network is not at a minimum.",
+    "DEAD_CHAINS": "{value}, without the {dead} of {chains} chains that were lost.",
 }
 _TONES: dict[Status, Tone] = {"pass": "good", "warn": "warn", "fail": "bad"}
 _WELL, _WORRYING = 1.01, 1.1  # R-hat
@@ -106,14 +103,14 @@ def _verdict(found: LearningCoefficient) -> Verdict:
     )
     sentences = [] if found.verdict == "OK" else [found.advice]
     for check in found.checks:
-        if check.status == "fail":
-            sentences.append(f"{check.detail[:1].upper()}{check.detail[1:]}.")
-        elif check.status == "warn" and found.verdict == "OK":
-            name = check.name.replace("-", " ")
-            sentences.append(f"{name[:1].upper()}{name[1:]}: {check.detail}. {check.advice}")
+        if check.status == "pass":
+            continue
+        advice = f" {check.advice}" if found.verdict == "OK" else ""  # else the verdict has it
+        sentences.append(f"{_sentence(check)}.{advice}")
+    unit = "" if found.metric == "euclidean" else ", in units of the scales,"
     sentences.append(
         "It counts what chains feel at this temperature and localisation: directions in which the "
-        f"loss curves less than {number(found.localization / found.nbeta, 2)} do not count. "
+        f"loss curves less than {number(found.localization / found.nbeta, 2)}{unit} do not count. "
         "Compare networks at the same numbers only."
     )
     tone: Tone = "bad" if found.verdict != "OK" else _TONES[found.status]
@@ -133,15 +130,17 @@ def _tiles(found: LearningCoefficient) -> list[Tile]:
     if found.quadratic is not None:
         detail = "from the curvature at the weights alone"
         tiles.append(Tile("If the loss were quadratic", _measured(found.quadratic), detail))
-    rest = _TONES[_status(found, "equilibrated")]
-    drift, mixing = _measured(found.drift), number(found.r_hat, 4)
+    drift = found.drift
+    moved = abs(drift.value) > 3 * drift.standard_error
+    alarm: Tone = "bad" if moved and _status(found, "equilibrated") != "pass" else "good"
+    draws = (found.num_chains - found.dead_chains) * found.num_draws
+    effective = f"{found.effective_draws:,.0f}" if found.effective_draws > 0 else MISSING
     tiles += [
-        Tile("Drift", drift, "second half of the run minus the first", rest),
+        Tile("Drift", _measured(drift), "second half of the run minus the first", alarm),
         Tile(
             "R-hat",
-            mixing,
-            f"{number(found.effective_draws, 3)} effective draws of "
-            f"{found.num_chains * found.num_draws:,}",
+            number(found.r_hat, 4),
+            f"{effective} effective draws of {draws:,}",
             _r_hat_tone(found.r_hat),
         ),
     ]
@@ -186,15 +185,18 @@ def _traces(found: LearningCoefficient) -> Figure:
         Panel("n beta times the excess loss", draws.tolist(), warmup),
         Panel("its mean so far", means.tolist(), strip=strip),
     ]
-    extrapolated = (
-        "" if len(found.runs) < 2 else ", which is extrapolated to step size 0 from two runs"
+    extrapolated = "" if len(found.runs) < 2 else ", extrapolated to step size 0 from two runs,"
+    before = (
+        "the warm-up in grey before step 0. All chains start at the network, where the excess is "
+        "0, and should rise, flatten, and agree"
+        if warmup
+        else "after the warm-up. All should wander around one level"
     )
     return Figure(
         "Where the chains are",
         traces_svg(panels, "degeneracy-traces"),
-        "One line a chain, the warm-up in grey before step 0. All chains start at the network, "
-        "where the excess is 0, and should rise, flatten, and agree. The strip below is the "
-        f"answer and two standard errors on either side{extrapolated}.",
+        f"One line a chain, {before}. The strip below is the answer{extrapolated} and two "
+        "standard errors on either side.",
         "Excess loss of each chain against the step, and its mean so far. The value of each chain "
         "is in result.json.",
     )
@@ -210,12 +212,11 @@ def _roads_table(found: LearningCoefficient) -> Table:
     rows += [(_CROSSCHECKS.get(name, name), one) for name, one in found.crosschecks.items()]
     if found.quadratic is not None:
         rows.append(("curvature at the weights, if the loss were quadratic", found.quadratic))
-    rows.append(("half the parameters", Measured(found.num_parameters / 2, 0.0)))
     answer = float(found.value)
     shown = tuple(
         (
             Cell(name),
-            Cell(number(one.value, 6) if one.standard_error == 0 else _measured(one)),
+            Cell(_measured(one)),
             Cell(ratio(one.value / answer) if answer > 0 < one.value else MISSING),
         )
         for name, one in rows
@@ -241,6 +242,8 @@ def _draws_table(found: LearningCoefficient) -> Table:
     ]
     if len(found.runs) > 1:
         rows.append(("bias that theory expects of step and minibatches", _few(found.expected_bias)))
+    if math.isfinite(found.slope):
+        rows.append(("what a slope at the weights adds, if quadratic", _few(found.slope)))
     rows.append(("loss of the network", with_error(found.initial_loss, found.initial_loss_error)))
     if found.singular_fluctuation is not None:
         rows += [
@@ -248,18 +251,19 @@ def _draws_table(found: LearningCoefficient) -> Table:
             ("WAIC, nats an example", number(found.waic, 5)),
             ("WBIC, nats in all", number(found.wbic, 6)),
         ]
+    how = "that of the sampler."
+    if len(found.runs) > 1:
+        how = (
+            "that of single Langevin steps at the main step size; near 100 % the step is short "
+            "beside what it meets."
+        )
     return Table(
         "What else the draws say",
         ("", "value"),
         tuple((Cell(name), Cell(text)) for name, text in rows),
-        "The acceptance is that of single Langevin steps at the main step size; near 100 % the "
-        "step is short beside what it meets. The error of the network's loss is about new data, "
-        "and no part of that of the coefficient. WAIC and WBIC are those of the law that was "
-        "sampled, at its temperature and localisation."
-        if len(found.runs) > 1
-        else "The acceptance is that of the sampler. The error of the network's loss is about new "
-        "data, and no part of that of the coefficient. WAIC and WBIC are those of the law that was "
-        "sampled, at its temperature and localisation.",
+        f"The acceptance is {how} A slope is 0 at a minimum. The error of the network's loss is "
+        "about new data, and no part of that of the coefficient. WAIC and WBIC are those of the "
+        "law that was sampled, at its temperature and localisation.",
     )
 
 
@@ -267,7 +271,7 @@ def _settings_table(found: LearningCoefficient) -> Table:
     learned = not math.isfinite(found.step_size)
     rows = {
         "n beta": number(found.nbeta, 5),
-        "localisation": number(found.localization, 4),
+        "localisation": f"{found.localization:.4g}",
         "metric": found.metric,
         "sampler": found.sampler,
         "step size": "learned" if learned else number(found.step_size, 3),
@@ -294,6 +298,12 @@ def _settings_table(found: LearningCoefficient) -> Table:
     )
 
 
+def _sentence(check: Check) -> str:
+    if check.name == "standard-error":
+        return f"The standard error is {check.detail}"
+    return f"{check.detail[:1].upper()}{check.detail[1:]}"
+
+
 def _status(found: LearningCoefficient, name: str) -> Status:
     return next((check.status for check in found.checks if check.name == name), "pass")
 
@@ -303,7 +313,7 @@ def _answer(found: LearningCoefficient) -> str:
 
 
 def _half(found: LearningCoefficient) -> str:
-    return number(found.num_parameters / 2, 6)
+    return f"{found.num_parameters / 2:,.1f}".removesuffix(".0")
 
 
 def _measured(one: Measured) -> str:

@@ -38,7 +38,8 @@ class Check:
     advice: str = ""
 
     def __str__(self) -> str:
-        advice = f" {self.advice}" if self.advice else ""
+        stop = "" if self.detail.endswith((".", "!", "?")) else "."
+        advice = f"{stop} {self.advice}" if self.advice else ""
         return f"[{self.status}] {self.name}: {self.detail}{advice}"
 
 
