@@ -83,6 +83,11 @@ def estimate(net, data, loss=UNIT, **options):
     return pf.learning_coefficient(net, data, loss, **(defaults | options))
 
 
+def score(found, exact):
+    """Errors away from an exact value."""
+    return (float(found) - exact) / float(found.standard_error)
+
+
 def same(found, expected):
     """Bit for bit, all but the cost."""
     ours, theirs = ({**each.to_dict(), "cost": None} for each in (found, expected))

@@ -28,14 +28,10 @@ def test_state_dicts_modules_and_files_are_the_same(tmp_path):
     state = other(net)
     module = network()
     module.load_state_dict(state)
-    save_file(state, tmp_path / "there.safetensors")
+    path = tmp_path / "there.safetensors"
+    save_file(state, path)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    for weights in (
-        state,
-        module,
-        tmp_path / "there.safetensors",
-        str(tmp_path / "there.safetensors"),
-    ):
+    for weights in (state, module, path, str(path)):
         found = loaded(net, 1, weights)
         assert same(found, state)
         assert not found.training
@@ -66,9 +62,9 @@ def test_names_and_shapes_that_do_not_fit(tmp_path, kind):
 
     state = other(net)
     missing = {name: tensor for name, tensor in state.items() if name != "2.bias"}
-    with pytest.raises(WeightsError, match="checkpoint 'late', 2.bias: it is missing"):
+    with pytest.raises(WeightsError, match=r"checkpoint 'late', 2\.bias: it is missing"):
         check_weights(net, "late", given(missing))
-    with pytest.raises(WeightsError, match="checkpoint 7, 0.scale: Sequential has no such"):
+    with pytest.raises(WeightsError, match=r"checkpoint 7, 0\.scale: Sequential has no such"):
         check_weights(net, 7, given(state | {"0.scale": torch.ones(1)}))
     shape = r"checkpoint 7, 0.weight: it has shape \(2, 3\) instead of \(3, 2\)"
     with pytest.raises(WeightsError, match=shape):

@@ -36,8 +36,8 @@ def two(coarse, fine, error=0.1):
 
 def test_the_first_thing_that_is_wrong_is_the_verdict():
     checks = {
-        "DEAD_CHAINS": (alive_check(torch.ones(4) > 0), alive_check(torch.arange(4) > 0)),
-        "NOT_A_MINIMUM": (minimum_check(2.0, 0.1, 0.0, 0.0), minimum_check(-2.0, 0.1, 0.0, 0.0)),
+        "DEAD_CHAINS": (alive_check(0, 4), alive_check(1, 4)),
+        "NOT_A_MINIMUM": (minimum_check(two(2, 2), 0.0, 0.0), minimum_check(two(-2, -2), 0.0, 0.0)),
         "STEP_TOO_LARGE": (step_check(two(2, 2), 2.0, 1.0), step_check(two(4, 2), 2.0, 1.0)),
         "NOT_EQUILIBRATED": (agreed(), agreed(r_hat=1.5)),
     }
@@ -50,19 +50,19 @@ def test_the_first_thing_that_is_wrong_is_the_verdict():
 
 
 def test_a_warning_is_no_verdict():
-    warned = minimum_check(2.0, 0.1, 0.0, -1.0)
+    warned = minimum_check(two(2, 2), 0.0, -1.0)
     assert warned.status == "warn"
     assert verdict_of((warned,)) == "OK"
     assert verdict_of(()) == "OK"
 
 
 def test_chains_that_were_lost_are_counted():
-    check = alive_check(torch.tensor([True, False, True, False, False]))
+    check = alive_check(3, 5)
     assert check.status == "fail"
     assert "3 of 5 chains" in check.detail
     assert "excluded" in check.detail
     assert check.advice
-    good = alive_check(torch.ones(5, dtype=torch.bool))
+    good = alive_check(0, 5)
     assert (good.status, good.advice) == ("pass", "")
     assert "all 5" in good.detail
 
@@ -84,10 +84,23 @@ def test_chains_that_were_lost_are_counted():
     ],
 )
 def test_chains_go_up_from_a_minimum(value, error, below, slope, status):
-    check = minimum_check(value, error, below, slope)
+    check = minimum_check([Measured(value, error)], below, slope)
     assert (check.name, check.status) == ("at-a-minimum", status)
     assert f"{100 * below:.2g} %" in check.detail
     assert bool(check.advice) == (status != "pass")
+
+
+def test_one_step_size_below_zero_is_no_proof():
+    """Where the coarse run is far too high, or the fine one still below."""
+    for pair in (two(5.0, -1.0), two(-1.0, 5.0)):
+        assert minimum_check(pair, 0.0, 0.0).status == "pass"
+    assert minimum_check(two(-1.0, -1.0), 0.0, 0.0).status == "fail"
+
+
+@pytest.mark.xfail(strict=True, reason="it says -0")
+def test_rounding_is_no_slope():
+    check = minimum_check([Measured(1e4, 0.1)], 0.0, -1e-3)
+    assert "slope takes 0 from" in check.detail
 
 
 @pytest.mark.parametrize(
@@ -188,7 +201,6 @@ def test_a_large_step_is_told(sampler, factor):
     assert "smaller" in found.advice
 
 
-@pytest.mark.xfail(strict=True, reason="NOT_A_MINIMUM: the extrapolated value is below 0")
 def test_a_step_at_the_edge_is_not_blamed_on_the_network():
     net, data, _ = regression()
     size = edge(net, data, 3.8)
@@ -250,11 +262,12 @@ def test_chains_that_died_are_told_and_left_out(bereaved):
     assert bereaved.verdict == "DEAD_CHAINS"
     assert 0 < bereaved.dead_chains < 16
     assert f"{bereaved.dead_chains} of 16 chains" in repr(bereaved)
-    assert bereaved.excess.shape == (16 - bereaved.dead_chains, 100)
-    assert bool(bereaved.excess.isfinite().all())
     assert bereaved.num_chains == 16
-    mean = float(bereaved.excess.mean())
-    assert bereaved.runs[0].value == pytest.approx(mean)
+    # Some of them in the main run, the others in the second one.
+    assert len(bereaved.losses) == 16 - bereaved.dead_chains
+    assert len(bereaved.losses) <= len(bereaved.excess) < 16
+    assert bool(bereaved.excess.isfinite().all())
+    assert bereaved.runs[0].value == pytest.approx(float(bereaved.excess.mean()))
     assert bool(bereaved.losses.isfinite().all())
     for number in (float(bereaved), bereaved.acceptance, bereaved.wbic, bereaved.r_hat):
         assert number == number
@@ -264,8 +277,20 @@ def test_dead_chains_are_nowhere_in_the_dictionary(bereaved):
     found = bereaved.to_dict()
     assert found["verdict"] == "DEAD_CHAINS"
     assert found["dead_chains"] == bereaved.dead_chains
-    assert len(found["chain_values"]) == 16 - bereaved.dead_chains
+    assert len(found["chain_values"]) == len(bereaved.excess)
     assert None not in found["chain_values"]
+
+
+def test_chains_that_die_while_warming_up_count(monkeypatch):
+    """The last warm-up is taken as it is; those it lost do not come back."""
+    net, data, _ = regression()
+    monkeypatch.setattr("pushforward.degeneracy.schedule._MOST_WARMUPS", 1)
+    options = {"num_draws": 30, "num_chains": 16, "num_warmup": 200}
+    found = estimate(net, data, walled(2.5), sampler="sgld", **options)
+    assert found.verdict == "DEAD_CHAINS"
+    assert found.num_chains == 16
+    assert found.dead_chains == 16 - len(found.losses)
+    assert len(found.excess) < 16
 
 
 def test_a_metropolis_test_does_not_let_chains_die():
@@ -292,7 +317,7 @@ def test_parameters_that_do_nothing_have_a_coefficient_of_zero(sampler):
     with torch.no_grad():
         net[0].bias.fill_(-100.0)
     x = draws(30, 3)
-    found = estimate(net, (x, net(x).detach()), sampler=sampler, subset="0.weight", num_draws=50)
+    found = estimate(net, (x, net(x).detach()), sampler=sampler, subset="0.weight", num_warmup=30)
     assert float(found) == 0
     assert found.verdict == "OK"
 

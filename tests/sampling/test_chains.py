@@ -7,7 +7,7 @@ import torch
 
 from pushforward.errors import OptionError
 from pushforward.sampling.chains import Chains
-from sampling_kernels import MEAN, assert_same, run
+from sampling_kernels import MEAN, Dying, RandomWalk, assert_same, run
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +91,31 @@ def test_one_call_each(chains, tmp_path):
     figure = chains.plot()
     assert len(figure.axes) == 4
     pyplot.close(figure)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("thin", [1, 3])
+def test_where_the_chains_are_now(keep, thin):
+    found = run(num_draws=12, thin=thin, keep_parameters=keep)
+    assert {name: value.shape for name, value in found.last.items()} == {"layer.w": (4, 2)}
+    whole = run(num_draws=12, thin=thin)
+    assert torch.equal(found.last["layer.w"], whole.parameters["layer.w"][:, -1])
+    assert torch.equal(whole.last["layer.w"], found.last["layer.w"])
+
+
+def test_another_run_begins_where_one_ended():
+    first = run(num_draws=12)
+    still = run(RandomWalk(step_size=0.0), initial=first.last, num_draws=1, num_warmup=0)
+    assert torch.equal(still.last["layer.w"], first.last["layer.w"])
+
+
+def test_where_the_chains_are_is_saved(chains, tmp_path):
+    chains.save(tmp_path / "c")
+    loaded = Chains.load(tmp_path / "c")
+    assert torch.equal(loaded.last["layer.w"], chains.last["layer.w"])
+
+
+def test_chains_that_are_lost_are_nowhere():
+    starts = torch.tensor([[5.0, 0.0], [-5.0, 0.0]], dtype=torch.float64)
+    found = run(Dying(step_size=0.01), num_chains=2, num_warmup=0, initial={"layer.w": starts})
+    assert found.last["layer.w"].isfinite().all(1).tolist() == [True, False]

@@ -603,3 +603,131 @@ def test_a_density_of_all_chains_at_once():
         torch.testing.assert_close(ours, theirs)
     with pytest.raises(OptionError, match=r"shape \(\)"):
         Potential.of_density(lambda p: p["a"].sum(), start, batched=True).value(vectors)
+
+
+# --- losses of examples, other springs, part of the data -----------------------------------------
+
+
+@pytest.mark.parametrize("kind", LIKELIHOODS)
+def test_losses_of_examples_are_minus_log_probabilities(kind):
+    net, (x, y), potential = problem(kind, workspace=1)  # an example at a time
+    likelihood = LIKELIHOODS[kind][0]
+    with torch.no_grad():
+        expected = -likelihood.log_prob(net(x), y)
+        found = potential.example_losses(potential.model.parameters)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(potential.anchor_losses, expected)
+    torch.testing.assert_close(
+        potential.losses(potential.model.vector[None])[0], potential.anchor_losses.mean()
+    )
+
+
+@pytest.mark.parametrize("workspace", [1, 2**25])
+def test_losses_of_examples_under_vmap(workspace):
+    _, _, potential = problem(workspace=workspace)
+    potential.anchor_losses  # noqa: B018 - reads the data, which vmap must not
+    vectors = points(potential)
+
+    def losses(parameters):
+        return potential.example_losses(parameters, at_once=CHAINS)
+
+    found = torch.func.vmap(losses)(potential.space.unravel(vectors))
+    assert found.shape == (CHAINS, potential.num_examples)
+    torch.testing.assert_close(found.mean(1), potential.losses(vectors))
+
+
+def test_losses_at_the_network_are_kept_in_double_precision():
+    _, _, potential = problem(dtype=torch.float32)
+    assert potential.anchor_losses.dtype == F64
+    assert potential.anchor_losses is potential.anchor_losses
+    assert not potential.anchor_losses.requires_grad
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_another_spring_changes_nothing_else(batch_size):
+    options = {"batch_size": batch_size, "control_variate": "value"}
+    net, data, potential = problem(localization=0.3, inverse_temperature=2.0, **options)
+    spring = torch.linspace(0, 2, potential.space.size, dtype=F64)
+    vectors = points(potential)
+    uniforms = torch.rand(CHAINS, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
+    kept = potential.anchor_losses
+    for given in (5.0, spring):
+        found = potential.localized(given)
+        assert found.anchor_losses is kept
+        new = Potential.of_network(
+            net, data, pf.Categorical(), localization=given, inverse_temperature=2.0, **options
+        )
+        ours = found.stochastic_value_and_gradient(vectors, uniforms)
+        for one, other in zip(
+            ours, new.stochastic_value_and_gradient(vectors, uniforms), strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+        assert found.identity() == new.identity()
+    assert bool((potential.localization == 0.3).all())  # as it was
+
+
+@pytest.mark.parametrize("given", [-1.0, math.nan, math.inf, torch.ones(3), torch.tensor(-1.0)])
+def test_springs_that_are_none_are_refused(given):
+    _, _, potential = problem()
+    with pytest.raises(OptionError, match="localization"):
+        potential.localized(given)
+
+
+def test_a_spring_of_one_number_each_pulls_each_entry():
+    _, _, potential = problem("gaussian", prior_precision=0.0)
+    spring = torch.linspace(0, 2, potential.space.size, dtype=F64)
+    vectors = points(potential)
+    away = vectors - potential.model.vector
+    difference = potential.localized(spring).value(vectors) - potential.value(vectors)
+    torch.testing.assert_close(difference, 0.5 * (spring * away.square()).sum(1))
+    _, slope = potential.localized(spring).value_and_gradient(vectors)
+    torch.testing.assert_close(slope, potential.value_and_gradient(vectors)[1] + spring * away)
+
+
+def test_part_of_the_data_stands_for_all():
+    options = {"localization": 0.4, "inverse_temperature": 3.0, "batch_size": 2}
+    net, (x, y), potential = problem(count=9, **options)
+    part = potential.on_part(3)
+    assert part.num_examples == 3
+    assert part.batch_size is None
+    assert part.inverse_temperature == pytest.approx(9.0)
+    at = torch.tensor([0, 4, 8])  # spread evenly, both ends included
+    few = Potential.of_network(
+        net, (x[at], y[at]), pf.Categorical(), localization=0.4, inverse_temperature=9.0
+    )
+    vectors = points(potential)
+    torch.testing.assert_close(part.value(vectors), few.value(vectors))
+    one, other = (p.value_and_gradient(vectors)[1] for p in (part, few))
+    torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("count", [7, 8, 10**6])
+def test_all_of_the_data_is_a_part(count):
+    _, _, potential = problem(batch_size=2)
+    whole = potential.on_part(count)
+    assert whole.num_examples == 7
+    assert whole.batch_size is None
+    vectors = points(potential)
+    torch.testing.assert_close(whole.value(vectors), potential.value(vectors))
+
+
+def test_part_of_data_in_columns():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 3)
+
+        def forward(self, first, second):
+            return self.layer(first + second)
+
+    net = Sum().double().eval()
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 9, 2, dtype=F64, generator=generator)
+    columns = {"first": first, "second": second, "labels": torch.arange(9) % 3}
+    potential = Potential.of_network(net, [columns], pf.Categorical())
+    part = potential.on_part(3)
+    at = torch.tensor([0, 4, 8])
+    with torch.no_grad():
+        logits = net(first[at], second[at])
+    expected = cross_entropy(logits, columns["labels"][at], reduction="none")
+    torch.testing.assert_close(part.anchor_losses, expected)

@@ -136,3 +136,83 @@ def test_a_chain_that_is_lost_says_so():
     _, _, statistics = drive(kernel, 4, 0, 250)
     assert bool((statistics["divergent"][:, 0] == 0).all())
     assert bool((statistics["divergent"][:, -1] == 1).all())
+
+
+def anisotropic():
+    curvatures = torch.tensor([1.0, 25.0, 400.0], dtype=F64)
+
+    def density(p):
+        return -0.5 * (curvatures * p["x"] * p["x"]).sum()
+
+    return curvatures, Potential.of_density(density, {"x": torch.zeros(3, dtype=F64)})
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_given_preconditioner_is_a_change_of_units(averaged):
+    """Steps of ``x`` with ``G`` are steps of ``x / sqrt(G)`` without."""
+    curvatures, potential = anisotropic()
+    factor = 1 / curvatures
+    given = SGLD(potential, step_size=0.3, preconditioner=factor, averaged_noise=averaged)
+    plain = SGLD(isotropic_potential(3, 1.0), step_size=0.3, averaged_noise=averaged)
+    start = torch.randn(5, 3, dtype=F64, generator=torch.Generator().manual_seed(1))
+    noise = draw_noise(given.start_size, 5, torch.Generator().manual_seed(2))
+    one = given.start({"x": start * factor.sqrt()}, noise)
+    other = plain.start({"x": start}, noise)
+    for seed in range(10):
+        noise = draw_noise(given.noise_size, 5, torch.Generator().manual_seed(seed))
+        step = SGLD.warm_up if seed < 3 else SGLD.step
+        extra = (seed, 3) if seed < 3 else ()
+        one, other = step(given, one, noise, *extra), step(plain, other, noise, *extra)
+        torch.testing.assert_close(one["vectors"] / factor.sqrt(), other["vectors"])
+    assert "preconditioner" not in one  # nothing is learned
+
+
+@pytest.mark.statistical
+def test_a_given_preconditioner_has_the_variance_of_its_units():
+    curvatures, potential = anisotropic()
+    factor, size = torch.tensor([1.0, 0.1, 0.002], dtype=F64), 0.3
+    kernel = SGLD(potential, step_size=size, preconditioner=factor)
+    start = torch.randn(4000, 3, generator=torch.Generator().manual_seed(7), dtype=F64)
+    start = {"x": start * curvatures.rsqrt()}
+    _, draws, _ = drive(kernel, 4000, 0, 120, initial=start)
+    expected = factor * sgld_stationary_variance(factor * curvatures, size)
+    ratio = draws[:, 60:].square().mean(1) / expected
+    error = ratio.std(0) / math.sqrt(4000)
+    assert bool(((ratio.mean(0) - 1).abs() < 4.5 * error).all())
+    assert bool((error < 0.03).all())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        torch.ones(2, dtype=F64),
+        torch.ones(3, 1, dtype=F64),
+        torch.ones(3, dtype=torch.int64),
+        torch.tensor([1.0, 0.0, 1.0], dtype=F64),
+        torch.tensor([1.0, -1.0, 1.0], dtype=F64),
+        torch.tensor([1.0, math.nan, 1.0], dtype=F64),
+        torch.tensor([1.0, math.inf, 1.0], dtype=F64),
+    ],
+)
+def test_preconditioners_that_are_none_are_refused(given):
+    with pytest.raises(OptionError, match=r"preconditioner.*\n?.*3 positive numbers"):
+        SGLD(isotropic_potential(3, 1.0), step_size=0.1, preconditioner=given)
+
+
+def test_names_of_preconditioners_that_there_are_not():
+    with pytest.raises(OptionError, match="'adam'"):
+        SGLD(isotropic_potential(3, 1.0), step_size=0.1, preconditioner="adam")
+
+
+def test_preconditioners_tell_kernels_apart():
+    potential = isotropic_potential(3, 1.0)
+    given = [None, "rmsprop", torch.ones(3, dtype=F64), 2 * torch.ones(3, dtype=F64)]
+    found = [
+        str(SGLD(potential, step_size=0.1, preconditioner=each, averaged_noise=bool(noise)))
+        and SGLD(
+            potential, step_size=0.1, preconditioner=each, averaged_noise=bool(noise)
+        ).identity()
+        for each in given
+        for noise in (0, 1)
+    ]
+    assert len({str(each) for each in found}) == len(found)

@@ -78,14 +78,7 @@ def walk_through(walk: Walk, settings: Settings, start: Params | None = None) ->
         When none stayed finite.
     """
     begin: Params | int = settings.num_chains if start is None else start
-    found = (_metropolis_runs if walk.learns else _langevin_runs)(walk, settings, begin)
-    if not bool(found.main.alive.any()) or not bool(found.spaced.alive.any()):
-        raise SamplingError(
-            "no chain stayed finite",
-            where=f"learning_coefficient, {walk.sampler}",
-            advice="Give a smaller step_size or a larger localization.",
-        )
-    return found
+    return (_metropolis_runs if walk.learns else _langevin_runs)(walk, settings, begin)
 
 
 def _metropolis_runs(walk: Walk, settings: Settings, start: Params | int) -> Runs:
@@ -102,6 +95,7 @@ def _metropolis_runs(walk: Walk, settings: Settings, start: Params | int) -> Run
         warmup=learning,
         losses=kept,
     )
+    _require_survivors(main, walk)
     step = torch.nan if step_size is None else step_size
     return Runs(walk, _count(start), step, (), main, main)
 
@@ -141,6 +135,7 @@ def _langevin_runs(walk: Walk, settings: Settings, begin: Params | int) -> Runs:
         step = wanted  # the chains came to where it is narrower
     for turn in range(_MOST_MAINS):
         main = walk.run(f"main-{turn}", steps=draws, start=start, step_size=step)
+        _require_survivors(main, walk)
         settled = agreement(main.excess[main.alive]).settled
         if settled or num_warmup is not None or turn == _MOST_MAINS - 1:
             break
@@ -158,7 +153,17 @@ def _langevin_runs(walk: Walk, settings: Settings, begin: Params | int) -> Runs:
         step_size=step / 2,
         losses=True,
     )
+    _require_survivors(second, walk)
     return Runs(walk, _count(begin), step, tuple(warmups), main, second)
+
+
+def _require_survivors(walked: Walked, walk: Walk) -> None:
+    if not bool(walked.alive.any()):
+        raise SamplingError(
+            "no chain stayed finite",
+            where=f"learning_coefficient, {walk.sampler}",
+            advice="Give a smaller step_size or a larger localization.",
+        )
 
 
 def _count(start: Params | int) -> int:

@@ -33,6 +33,7 @@ _RATIO = 4.0  # of neighbours in either direction
 _STEPS_BELOW, _STEPS_ABOVE = 4, 2  # the calibrated step size
 _BETAS_BELOW, _BETAS_ABOVE = 2, 3  # the default temperature
 _LARGEST_R_HAT, _FEWEST_EFFECTIVE = 1.2, 20  # of so short a run
+_HOT = 10.0  # times the number of parameters, half of which is what heat alone gives
 _AGREE = 0.1  # of the value: neighbours on a plateau
 
 
@@ -54,7 +55,7 @@ class EpsilonBetaMap:
     standard_errors
         Theirs.
     dead
-        Chains that were lost.
+        Chains that were lost: not finite, or with twenty times the loss that heat can give them.
     settled
         Whether the second half of the draws agrees with the first, and the chains with each other.
     done
@@ -338,9 +339,11 @@ def _cell(
     except SamplingError:
         pass  # all chains were lost, which is what the map is to show
     else:
-        if bool(walked.alive.any()):
-            seen = agreement(walked.excess[walked.alive])
-            dead = float((~walked.alive).sum())
+        # A chain that has grown for some hundred steps need not have overflowed yet.
+        alive = walked.alive & (walked.excess.mean(1) < _HOT * around.num_parameters)
+        if bool(alive.any()):
+            seen = agreement(walked.excess[alive])
+            dead = float((~alive).sum())
             mixed = seen.r_hat < _LARGEST_R_HAT and seen.effective_draws > _FEWEST_EFFECTIVE
             numbers = [seen.mean, seen.standard_error, dead, float(seen.settled and mixed)]
             found = torch.tensor(numbers, dtype=torch.float64)

@@ -173,6 +173,11 @@ class Walk:
         -------
         Walked
             Chains that died included.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            When it was interrupted; what was walked is in the folder.
         """
         around = self.around
         known = around.initial_loss  # which reads the data: not for the first time under vmap
@@ -201,6 +206,8 @@ class Walk:
             checkpoint=None if self.checkpoint is None else Path(self.checkpoint) / name,
             progress=self.progress,
         )
+        if chains.num_draws < steps:  # Ctrl-C, which the runner takes as an end; here it is not
+            raise KeyboardInterrupt
         found = chains.observations.get("losses")
         distance = chains.observations["squared_distance"]
         if found is None:
