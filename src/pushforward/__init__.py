@@ -11,8 +11,16 @@ if TYPE_CHECKING:
     from pushforward.cumulants.monte_carlo import SampledLaw, monte_carlo
     from pushforward.cumulants.output import OutputLaw
     from pushforward.cumulants.propagation import propagate
+    from pushforward.degeneracy.checkpoints import learning_coefficient_sweep
     from pushforward.degeneracy.coefficient import LearningCoefficient
     from pushforward.degeneracy.estimate import learning_coefficient
+    from pushforward.degeneracy.extrapolation import (
+        ExtrapolatedCoefficient,
+        extrapolated_learning_coefficient,
+    )
+    from pushforward.degeneracy.self_test import SelfTest, degeneracy_self_test
+    from pushforward.degeneracy.sweep import CheckpointSweep
+    from pushforward.degeneracy.temperature import EpsilonBetaMap, learning_coefficient_map
     from pushforward.errors import PushforwardError
     from pushforward.gaussians.activations import PiecewisePolynomial, SmoothActivation
     from pushforward.linearised_laplace.evaluation import Evaluation
@@ -52,9 +60,12 @@ __all__ = [
     "Categorical",
     "Chains",
     "Check",
+    "CheckpointSweep",
     "Cost",
+    "EpsilonBetaMap",
     "Estimate",
     "Evaluation",
+    "ExtrapolatedCoefficient",
     "FunctionalModel",
     "Gaussian",
     "GaussianLaw",
@@ -68,14 +79,19 @@ __all__ = [
     "Prediction",
     "PushforwardError",
     "SampledLaw",
+    "SelfTest",
     "SmoothActivation",
     "TeacherStudent",
     "ThermalizationReport",
     "choose_prior_precision",
+    "degeneracy_self_test",
     "expect",
+    "extrapolated_learning_coefficient",
     "gibbs",
     "laplace",
     "learning_coefficient",
+    "learning_coefficient_map",
+    "learning_coefficient_sweep",
     "monte_carlo",
     "plan_laplace",
     "propagate",
@@ -89,9 +105,12 @@ _HOMES = {
     "Categorical": "networks.likelihoods",
     "Chains": "sampling.chains",
     "Check": "runs.estimate",
+    "CheckpointSweep": "degeneracy.sweep",
     "Cost": "runs.estimate",
+    "EpsilonBetaMap": "degeneracy.temperature",
     "Estimate": "runs.estimate",
     "Evaluation": "linearised_laplace.evaluation",
+    "ExtrapolatedCoefficient": "degeneracy.extrapolation",
     "FunctionalModel": "networks.model",
     "Gaussian": "networks.likelihoods",
     "GaussianLaw": "cumulants.laws",
@@ -111,14 +130,19 @@ _HOMES = {
     "SGLD": "sampling.sgld",
     "SGNHT": "sampling.sgnht",
     "SampledLaw": "cumulants.monte_carlo",
+    "SelfTest": "degeneracy.self_test",
     "SmoothActivation": "gaussians.activations",
     "TeacherStudent": "sampling.thermalization.teacher_student",
     "ThermalizationReport": "sampling.thermalization.report",
     "choose_prior_precision": "linearised_laplace.validation",
+    "degeneracy_self_test": "degeneracy.self_test",
     "expect": "cumulants.expectation",
+    "extrapolated_learning_coefficient": "degeneracy.extrapolation",
     "gibbs": "sampling.intermediate_noise.gibbs",
     "laplace": "linearised_laplace.fit",
     "learning_coefficient": "degeneracy.estimate",
+    "learning_coefficient_map": "degeneracy.temperature",
+    "learning_coefficient_sweep": "degeneracy.checkpoints",
     "monte_carlo": "cumulants.monte_carlo",
     "plan_laplace": "linearised_laplace.fit",
     "propagate": "cumulants.propagation",

@@ -130,7 +130,9 @@ def test_with_any_bias_it_is_richardson():
 
 
 def test_errors_grow_with_the_bias_that_is_possible():
-    errors = [extrapolated((10.0, 0.1), (10.0, 0.1), (0.0, b))[1] for b in (0, 0.01, 0.1, 1, 10)]
+    errors = [
+        extrapolated((10.0, 0.1), (10.0, 0.1), (0.0, b))[1] for b in (0.0, 0.01, 0.1, 1.0, 10.0)
+    ]
     assert errors == sorted(errors)
     assert errors[-1] > 3 * errors[0]
 

@@ -19,6 +19,7 @@ from pushforward.degeneracy.settings import Settings
 from pushforward.degeneracy.stored import coefficient_from, parts_of
 from pushforward.degeneracy.walk import Walk
 from pushforward.errors import NetworkError, OptionError, SamplingError, WeightsError
+from pushforward.sampling.sgld import SGLD
 
 F64 = torch.float64
 SHORT = {"sampler": "langevin", "num_chains": 4, "num_draws": 64, "progress": False}
@@ -54,7 +55,9 @@ def sweep():
     net, data, _ = regression()
     at = net.state_dict()["0.weight"]
     weights = {0: {"0.weight": at - 2}, 100: {"0.weight": at + 0.01}, 200: net}
-    return learning_coefficient_sweep(net, weights, data, UNIT, **SHORT | {"num_draws": 250})
+    return learning_coefficient_sweep(
+        net, weights, data, UNIT, **SHORT | {"num_draws": 250, "num_warmup": 150}
+    )
 
 
 def test_a_sweep_finds_what_is_no_minimum(sweep):
@@ -126,7 +129,8 @@ def test_all_checkpoints_are_measured_with_what_the_most_demanding_needs():
     assert len({one.nbeta for _, one in found}) == 1
 
 
-def test_chains_begin_where_those_before_ended(monkeypatch):
+def watch_starts(monkeypatch):
+    """Where chains begin and how far from the weights they end, of every checkpoint."""
     starts, ends, walk_through = [], [], module.walk_through
 
     def watched(walk, settings, start=None):
@@ -137,11 +141,38 @@ def test_chains_begin_where_those_before_ended(monkeypatch):
         return runs
 
     monkeypatch.setattr(module, "walk_through", watched)
+    return starts, ends
+
+
+def test_chains_begin_where_those_before_ended(monkeypatch):
+    starts, ends = watch_starts(monkeypatch)
     nets = [(name, hidden(scale)) for name, scale in (("a", 1.0), ("b", 2.0))]
     learning_coefficient_sweep(hidden(1.0), nets, DATA, UNIT, realisable=True, **FIXED)
     assert starts[0] is None
     for name, weight in nets[1][1].state_dict().items():
         assert torch.allclose(starts[1][name], weight + ends[0][name], rtol=0, atol=1e-12)
+
+
+def test_what_is_no_minimum_tells_the_next_checkpoint_nothing(monkeypatch):
+    starts, _ = watch_starts(monkeypatch)
+    net, data, _ = regression()
+    weights = {0: {"0.weight": net[0].weight - 2}, 1: net, 2: net}
+    found = learning_coefficient_sweep(net, weights, data, UNIT, **FIXED)
+    assert found.not_minima == (0,)
+    assert [start is None for start in starts] == [True, True, False]
+
+
+def test_another_problem_is_not_taken_for_this_one(tmp_path):
+    """Neither results nor the calibration of other data or settings."""
+    nets = {1: hidden(1.0)}
+    options = SHORT | {"checkpoint": tmp_path, "num_warmup": 10}
+    learning_coefficient_sweep(hidden(1.0), nets, DATA, UNIT, realisable=True, **options)
+    (tmp_path / "0000" / "state.safetensors").unlink()
+    for data, more in (((X + 1, X[:, :1]), {}), (DATA, {"num_draws": 50}), (DATA, {"seed": 1})):
+        with pytest.raises(WeightsError, match="of another computation"):
+            learning_coefficient_sweep(
+                hidden(1.0), nets, data, UNIT, realisable=True, **options | more
+            )
 
 
 def test_a_sweep_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
@@ -179,6 +210,28 @@ def test_a_sweep_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
         same(whole[label], after[label])
         same(whole[label], again[label])
     assert not list(tmp_path.glob("part/*/running"))
+
+
+def test_a_run_that_was_interrupted_halfway_goes_on(tmp_path, monkeypatch):
+    """Ctrl-C in a step of the sampler, of which the runner returns the draws until then."""
+    nets = {1: hidden(1.0), 2: hidden(2.0)}
+    options = FIXED | {"realisable": True}
+    whole = learning_coefficient_sweep(hidden(1.0), nets, DATA, UNIT, **options)
+    step, calls = SGLD.step, []
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == 400:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(SGLD, "step", interrupted)
+    options["checkpoint"] = tmp_path
+    part = learning_coefficient_sweep(hidden(1.0), nets, DATA, UNIT, **options)
+    assert part.labels == (1,)
+    again = learning_coefficient_sweep(hidden(1.0), nets, DATA, UNIT, **options)
+    for label in nets:
+        same(whole[label], again[label])
 
 
 def test_interrupted_before_anything_was_done(monkeypatch):

@@ -114,7 +114,7 @@ def test_a_network_that_cannot_be_differentiated_twice(error, monkeypatch):
     def refused(*_):
         raise error("derivative not implemented")
 
-    monkeypatch.setattr("pushforward.degeneracy.estimate.quadratic_coefficient", refused)
+    monkeypatch.setattr("pushforward.degeneracy.estimate.quadratic_answer", refused)
     net, data, _ = regression()
     found = quick(net, data)
     assert found.quadratic is None

@@ -18,7 +18,9 @@ from degeneracy_problems import (
 from pushforward.degeneracy.evidence import (
     acceptance,
     crosschecks,
+    localization_effect,
     proposal_log_ratio,
+    quadratic_answer,
     quadratic_coefficient,
     singular_fluctuation,
     slope_effect,
@@ -45,7 +47,7 @@ def posterior():
     away = draws(CHAINS, COUNT, 4, seed=5) @ root.T
     residuals = (data[1] - x @ best).flatten()
     losses = 0.5 * (away @ x.T - residuals).square() + 0.5 * log(2 * pi)
-    return around, losses, (x @ covariance * x).sum(1), residuals
+    return around, losses, (x @ covariance * x).sum(1), residuals, away
 
 
 def hessian_of(around):
@@ -65,7 +67,7 @@ def hessian_of(around):
 
 @pytest.mark.statistical
 def test_crosschecks_of_a_gaussian(posterior):
-    around, losses, _, _ = posterior
+    around, losses, _, _, _ = posterior
     x = around.potential._held.inputs
     curvatures = torch.linalg.eigvalsh(x.T @ x / 50)
     found = crosschecks(losses.mean(-1), around)
@@ -83,7 +85,7 @@ def test_crosschecks_of_a_gaussian(posterior):
 
 
 def test_crosschecks_do_not_see_a_constant(posterior):
-    around, losses, _, _ = posterior
+    around, losses, _, _, _ = posterior
     means = losses.mean(-1)
     here, there = crosschecks(means, around), crosschecks(means + 1e4, around)
     for name, found in here.items():
@@ -118,7 +120,7 @@ def test_too_few_draws_have_no_crosschecks(shape):
 
 @pytest.mark.statistical
 def test_fluctuation_of_a_gaussian(posterior):
-    around, losses, variance, residuals = posterior
+    around, losses, variance, residuals, _ = posterior
     exact = 0.5 * 40.0 / 50 * (0.5 * variance**2 + residuals**2 * variance).sum()
     found = singular_fluctuation(losses, around)
     assert abs(found.value - exact) < 4 * found.standard_error
@@ -127,7 +129,7 @@ def test_fluctuation_of_a_gaussian(posterior):
 
 @pytest.mark.statistical
 def test_the_criterion_of_a_gaussian(posterior):
-    around, losses, variance, residuals = posterior
+    around, losses, variance, residuals, _ = posterior
     beta = 40.0 / 50
     predictive = 0.5 * (residuals**2 / (1 + variance) + (2 * pi * (1 + variance)).log())
     fluctuation = beta * (0.5 * variance**2 + residuals**2 * variance).mean()
@@ -153,12 +155,27 @@ def test_both_by_hand():
 
 
 def test_losses_in_single_precision_are_summed_in_double(posterior):
-    around, losses, _, _ = posterior
+    around, losses, _, _, _ = posterior
     single = losses.float()
     expected = singular_fluctuation(single.double(), around)
     found = singular_fluctuation(single, around)
     assert found.value == pytest.approx(expected.value, rel=1e-12)
     assert waic(single, around) == pytest.approx(waic(single.double(), around), rel=1e-12)
+
+
+# --- what the spring does ------------------------------------------------------------------------
+
+
+@pytest.mark.statistical
+def test_fluctuations_tell_what_the_spring_does(posterior):
+    around, losses, _, _, away = posterior
+    x = around.potential._held.inputs
+    h = torch.linalg.eigvalsh(x.T @ x / 50)
+    exact = -0.5 * float((2.0 * 40.0 * h / (40.0 * h + 2.0).square()).sum())
+    excess = 40.0 * (losses.mean(-1) - around.initial_loss)
+    found = localization_effect(excess, away.square().sum(-1), around)
+    assert abs(found.value - exact) < 4.5 * found.standard_error
+    assert found.standard_error < 0.15 * abs(exact)
 
 
 # --- the quadratic answer ------------------------------------------------------------------------
@@ -171,12 +188,17 @@ def test_the_quadratic_coefficient_is_that_of_the_dense_hessian(metric, localiza
     around = neighbourhood(net, data, metric=metric, localization=localization)
     scaled = around.scale[:, None] * hessian_of(around) * around.scale
     curvatures = torch.linalg.eigvalsh(scaled)
-    exact = quadratic(curvatures.clamp(min=0), 1.0, localization)
-    found = [quadratic_coefficient(around, seed) for seed in range(30)]
-    values = torch.tensor([each.value for each in found])
-    # 30 sets of 4 probes: 4.5 standard errors of their mean.
-    assert abs(values.mean() - exact) < 4.5 * values.std() / 30**0.5
-    assert 0.5 < torch.tensor([each.standard_error for each in found]).mean() / values.std() < 2
+    curvatures = curvatures.clamp(min=0)
+    exact = quadratic(curvatures, 1.0, localization)
+    share = 0.5 * localization * curvatures / (curvatures + localization).square()
+    found = [quadratic_answer(around, seed) for seed in range(30)]
+    assert quadratic_coefficient(around, 0) == found[0][0]
+    for which, expected in ((0, exact), (1, -float(share.sum()))):
+        values = torch.tensor([each[which].value for each in found])
+        errors = torch.tensor([each[which].standard_error for each in found])
+        # 30 sets of 4 probes: 4.5 standard errors of their mean.
+        assert abs(values.mean() - expected) < 4.5 * values.std() / 30**0.5
+        assert 0.5 < errors.mean() / values.std() < 2
 
 
 def test_orthogonal_inputs_need_no_luck():
@@ -184,9 +206,13 @@ def test_orthogonal_inputs_need_no_luck():
     x = 2 * torch.eye(4, dtype=F64) * torch.tensor([1.0, 0.5, 0.1, 0.0], dtype=F64)
     around = neighbourhood(net, (x, torch.zeros(4, 1, dtype=F64)), nbeta=12.0, localization=0.7)
     curvatures = (x**2).sum(0) / 4
-    found = quadratic_coefficient(around, 0)
+    found, effect = quadratic_answer(around, 0)
     assert found.value == pytest.approx(quadratic(curvatures, 12.0, 0.7), rel=1e-10)
     assert found.standard_error == pytest.approx(0, abs=1e-10)
+    by_hand = (
+        quadratic(curvatures, 12.0, 0.7 + 1e-5) - quadratic(curvatures, 12.0, 0.7 - 1e-5)
+    ) / (2e-5 / 0.7)
+    assert effect.value == pytest.approx(by_hand, rel=1e-6)
 
 
 def test_negative_curvature_counts_as_flat():

@@ -110,6 +110,7 @@ def test_settings_that_lose_all_chains():
         degeneracy_self_test(8, 30, sampler="sgld", step_size=1e6, **QUICK)
 
 
+@pytest.mark.wrong_types  # a function that notes what it is given takes the place of the runs
 def test_the_curvature_is_that_of_your_own_network(monkeypatch):
     given = []
 
@@ -150,6 +151,7 @@ def test_beyond_what_hmc_can_do(monkeypatch):
     assert abs(full.truth.value - exact) < 5 * full.truth.standard_error + 0.01 * exact
 
 
+@pytest.mark.wrong_types  # a function that notes what it is given takes the place of the runs
 def test_zero_weights_have_no_scale_in_the_layerwise_metric(monkeypatch):
     names = []
     monkeypatch.setattr(module, "_measured", lambda name, *_: names.append(name))

@@ -72,8 +72,12 @@ def test_temperature_and_localization_are_numbers(name, value):
 
 
 def test_the_least_that_is_allowed():
-    found = Settings(num_chains=2, num_draws=16, num_warmup=0, step_size=1, nbeta=1)
+    found = Settings(num_chains=2, num_draws=16, num_warmup=0)
     assert (found.num_chains, found.num_draws, found.num_warmup) == (2, 16, 0)
+
+
+def test_integers_are_numbers():
+    found = Settings(step_size=1, nbeta=1, localization=2)
     assert found.fixed_step == 1.0
     assert isinstance(found.fixed_step, float)
 

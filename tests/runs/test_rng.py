@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pushforward.errors import OptionError
-from pushforward.runs.rng import stream
+from pushforward.runs.rng import derived_seed, stream
 
 
 def draw(*path, seed=0, count=8):
@@ -107,6 +107,43 @@ def test_bad_seed_is_refused(seed):
 def test_bad_path_is_refused(part):
     with pytest.raises(OptionError, match="cannot name a random stream"):
         stream(0, "a", part)
+
+
+def test_parts_have_seeds_of_their_own():
+    paths = [(), ("a",), ("a", 1), ("a1",), ("a", "1"), (1, "a"), ("b",)]
+    found = [derived_seed(seed, *path) for seed in (0, 1, 2**40) for path in paths]
+    assert len(set(found)) == len(found)
+    assert all(0 <= seed < 2**63 for seed in found)
+    assert found == [derived_seed(seed, *path) for seed in (0, 1, 2**40) for path in paths]
+    assert len({seed >> 32 for seed in found}) == len(found)  # in the upper bits as well
+
+
+def test_a_seed_that_is_derived_is_a_seed():
+    own = derived_seed(3, "part")
+    assert type(own) is int
+    inner = {draw("a", seed=seed, count=1).item() for seed in (3, own, derived_seed(own, "part"))}
+    assert len(inner) == 3
+    assert draw("part", "a", seed=3, count=1).item() not in inner
+
+
+def test_derived_seeds_are_the_same_in_another_process():
+    code = "from pushforward.runs.rng import derived_seed; print(derived_seed(5, 'a', 7))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert int(run.stdout) == derived_seed(5, "a", 7)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.0, None, True])
+def test_bad_seeds_derive_nothing(seed):
+    with pytest.raises(OptionError, match="is not a seed"):
+        derived_seed(seed, "a")
+
+
+@pytest.mark.parametrize("part", [1.0, None, True])
+def test_bad_paths_derive_nothing(part):
+    with pytest.raises(OptionError, match="cannot name a random stream"):
+        derived_seed(0, part)
 
 
 @pytest.mark.gpu

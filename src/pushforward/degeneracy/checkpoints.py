@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, final
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from pushforward.degeneracy.schedule import walk_through
 from pushforward.degeneracy.settings import SamplerChoice, Settings
 from pushforward.degeneracy.stored import coefficient_from, parts_of
 from pushforward.degeneracy.sweep import CheckpointSweep
-from pushforward.degeneracy.walk import Walk, Walked
+from pushforward.degeneracy.walk import Walk
 from pushforward.errors import NetworkError, OptionError, PushforwardError
 from pushforward.networks.likelihoods import Likelihood
 from pushforward.runs.distributed import ProcessGrid
@@ -33,7 +33,7 @@ from pushforward.runs.store import Checkpoint, fingerprint
 from pushforward.sampling.potential import Loss
 from pushforward.typing import Params
 
-__all__ = ["StoppingWalk", "learning_coefficient_sweep"]
+__all__ = ["learning_coefficient_sweep"]
 
 _AWAY = "away:"
 _LEFT = frozenset({"NOT_A_MINIMUM", "DEAD_CHAINS"})  # of which chains tell nothing to the next
@@ -118,7 +118,7 @@ def learning_coefficient_sweep(
     >>> weights = {step: {"weight": torch.full((1, 2), step / 10.0)} for step in (0, 10)}
     >>> sweep = learning_coefficient_sweep(
     ...     net, weights, (x, x.sum(1, keepdim=True)), pf.Gaussian(noise_variance=1.0),
-    ...     num_draws=100, progress=False,
+    ...     sampler="langevin", num_draws=100, num_warmup=100, progress=False,
     ... )
     >>> sweep.not_minima
     (0,)
@@ -158,29 +158,6 @@ def learning_coefficient_sweep(
     )
 
 
-@final
-class StoppingWalk(Walk):
-    """A walk that stops at Ctrl-C. Half a run would pass for a whole one, and go on."""
-
-    def run(self, *args: Any, **options: Any) -> Walked:
-        """See `Walk.run`.
-
-        Returns
-        -------
-        Walked
-            Complete.
-
-        Raises
-        ------
-        KeyboardInterrupt
-            Again, when the run was interrupted; its state is kept.
-        """
-        walked = super().run(*args, **options)
-        if walked.chains.num_draws < options["steps"]:
-            raise KeyboardInterrupt
-        return walked
-
-
 @dataclass(frozen=True, eq=False)
 class _Sweep:
     """The arguments of a call, and the two passes over the checkpoints."""
@@ -215,7 +192,7 @@ class _Sweep:
 
     def walk(self, around: Neighbourhood, label: Label, folder: Path | None) -> Walk:
         sampler = self.settings.sampler_for(around)
-        return StoppingWalk(around, sampler, self.seed_of(label), folder, progress=False)
+        return Walk(around, sampler, self.seed_of(label), folder, progress=False)
 
     def store(self, name: str, identity: Mapping[str, Any]) -> Checkpoint | None:
         return None if self.folder is None else Checkpoint(Path(self.folder) / name, identity)
@@ -231,7 +208,8 @@ class _Sweep:
         if learns or given:
             return replace(settings, localization=first.localization)
         networks = {str(label): _identity(self.net, self.named[label]) for label in labels}
-        store = self.store("calibration", self._identity() | {"networks": networks})
+        identity = {"first": first.potential.identity(), "networks": networks}
+        store = self.store("calibration", self._identity() | identity)
         saved = None if store is None else store.load()
         if saved is not None:
             return replace(settings, **saved[1])

@@ -98,6 +98,9 @@ class LearningCoefficient(Estimate):
         ``w*``: what the coefficient would be if the loss were quadratic.
     slope
         What the gradient at ``w*`` takes from that: 0 at a minimum.
+    localization_effect
+        Derivative of the coefficient by ``ln gamma``: from fluctuations of the draws, or as if the
+        loss were quadratic where that is more precise.
     crosschecks
         Estimates of the coefficient from other relations, by name: ``"two temperatures"`` and
         ``"variance"`` do without ``L(w*)``.
@@ -137,6 +140,7 @@ class LearningCoefficient(Estimate):
     acceptance: float
     quadratic: Measured | None
     slope: float
+    localization_effect: Measured
     crosschecks: dict[str, Measured]
     singular_fluctuation: Measured | None
     waic: float

@@ -17,7 +17,8 @@ from pushforward.degeneracy.coefficient import LearningCoefficient, Measured
 from pushforward.degeneracy.evidence import (
     acceptance,
     crosschecks,
-    quadratic_coefficient,
+    localization_effect,
+    quadratic_answer,
     singular_fluctuation,
     slope_effect,
     waic,
@@ -28,6 +29,7 @@ from pushforward.degeneracy.settings import SamplerChoice, Settings
 from pushforward.degeneracy.verdict import (
     alive_check,
     equilibrium_check,
+    localization_check,
     minimum_check,
     precision_check,
     step_check,
@@ -44,6 +46,7 @@ __all__ = ["coefficient_of", "learning_coefficient"]
 # The expected bias is one from above: the minibatches' part assumes that the loss holds all
 # directions in which they are noisy.
 _LIKELY, _SPREAD = 0.75, 0.5
+_VAGUE = 0.1  # error of the effect of localisation, relative to the value
 _SMALL_BIAS = 0.005  # of the value, that is always possible
 
 
@@ -214,7 +217,10 @@ def coefficient_of(runs: Runs, seed: int, seconds: float) -> LearningCoefficient
     elif walk.learns:  # on all data the excess is exact
         means = excess / around.nbeta + around.initial_loss
     below = float((means < around.initial_loss).double().mean()) if means.numel() else 0.0
-    quadratic, slope = _quadratic(around, seed)
+    quadratic, quadratic_effect, slope = _quadratic(around, seed)
+    effect = localization_effect(excess, main.squared_distance[alive], around)
+    if quadratic_effect is not None and effect.standard_error > _VAGUE * abs(value):
+        effect = quadratic_effect
     checks = (
         alive_check(dead, runs.started),
         minimum_check(measured, below, slope),
@@ -233,7 +239,7 @@ def coefficient_of(runs: Runs, seed: int, seconds: float) -> LearningCoefficient
         standard_error=torch.tensor(error, dtype=torch.float64),
         cost=Cost(0.0, seconds + perf_counter() - began, passes),
         method=f"{walk.sampler} at n beta {around.nbeta:.4g}, gamma {around.localization:.4g}",
-        checks=(*checks, precision_check(value, error)),
+        checks=(*checks, localization_check(value, effect), precision_check(value, error)),
         verdict=verdict_of(checks),
         nbeta=around.nbeta,
         localization=around.localization,
@@ -257,6 +263,7 @@ def coefficient_of(runs: Runs, seed: int, seconds: float) -> LearningCoefficient
         acceptance=_acceptance(runs, seed),
         quadratic=quadratic,
         slope=slope,
+        localization_effect=effect,
         crosschecks=crosschecks(means, around),
         singular_fluctuation=None
         if logarithms is None
@@ -291,9 +298,9 @@ def _acceptance(runs: Runs, seed: int) -> float:
     return acceptance(runs.walk.around, positions, runs.step_size, seed)
 
 
-def _quadratic(around: Neighbourhood, seed: int) -> tuple[Measured | None, float]:
+def _quadratic(around: Neighbourhood, seed: int) -> tuple[Measured | None, Measured | None, float]:
     """None and NaN where the network cannot be differentiated twice."""
     try:
-        return quadratic_coefficient(around, seed), slope_effect(around)
+        return (*quadratic_answer(around, seed), slope_effect(around))
     except (RuntimeError, NotImplementedError):
-        return None, torch.nan
+        return None, None, torch.nan

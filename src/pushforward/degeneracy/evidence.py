@@ -11,13 +11,15 @@ from torch import Tensor
 
 from pushforward.degeneracy.coefficient import Measured
 from pushforward.degeneracy.neighbourhood import Neighbourhood
-from pushforward.linalg.lanczos import quadratic_forms
+from pushforward.linalg.lanczos import quadratic_forms, quadrature
 from pushforward.runs.rng import stream
 
 __all__ = [
     "acceptance",
     "crosschecks",
+    "localization_effect",
     "proposal_log_ratio",
+    "quadratic_answer",
     "quadratic_coefficient",
     "singular_fluctuation",
     "slope_effect",
@@ -119,6 +121,11 @@ def waic(losses: Float[Tensor, "chain draw examples"], around: Neighbourhood) ->
 
 
 def quadratic_coefficient(around: Neighbourhood, seed: int) -> Measured:
+    """The first of `quadratic_answer`."""
+    return quadratic_answer(around, seed)[0]
+
+
+def quadratic_answer(around: Neighbourhood, seed: int) -> tuple[Measured, Measured]:
     """``1/2 sum_i n beta h_i / (n beta h_i + gamma)``, over the curvatures at ``w*``.
 
     MacKay's effective number of parameters, halved: what the coefficient is when the loss is
@@ -134,8 +141,9 @@ def quadratic_coefficient(around: Neighbourhood, seed: int) -> Measured:
 
     Returns
     -------
-    Measured
-        With an error from the spread of probes. Directions of negative curvature count as flat.
+    tuple
+        It, and its derivative by the logarithm of ``gamma``, both with an error from the spread of
+        probes. Directions of negative curvature count as flat.
     """
     generator = stream(seed, "quadratic")
     signs = torch.randint(2, (_PROBES, around.num_parameters), generator=generator) * 2 - 1
@@ -146,12 +154,39 @@ def quadratic_coefficient(around: Neighbourhood, seed: int) -> Measured:
         inner = around.probed.curvature_product(points, around.scale * vectors)
         return around.scale * inner
 
-    def share(curvatures: Tensor) -> Tensor:
-        return 0.5 * (curvatures - gamma).clamp(min=0) / curvatures.clamp(min=gamma)
+    nodes, weights = quadrature(product, probes, min(_LANCZOS_STEPS, around.num_parameters))
+    held = nodes.clamp(min=gamma)
+    share = 0.5 * (held - gamma) / held
+    values, slopes = (weights * share).sum(1), -(weights * share * gamma / held).sum(1)
+    return _over_probes(values), _over_probes(slopes)
 
-    steps = min(_LANCZOS_STEPS, around.num_parameters)
-    forms = quadratic_forms(product, probes, share, steps)
-    return Measured(float(forms.mean()), float(forms.std()) / sqrt(_PROBES))
+
+def localization_effect(
+    excess: Float[Tensor, "chain draw"],
+    squared_distance: Float[Tensor, "chain draw"],
+    around: Neighbourhood,
+) -> Measured:
+    """Derivative of the coefficient by ``ln gamma``, from fluctuations: ``-Cov[excess, spring]``.
+
+    Parameters
+    ----------
+    excess, squared_distance
+        Of the draws.
+    around
+        The law that they are draws of.
+
+    Returns
+    -------
+    Measured
+        With an error from the spread of chains.
+    """
+    spring = 0.5 * around.localization * squared_distance
+
+    def covariance(part: Tensor) -> Tensor:
+        away = part.flatten(0, 1) - part.flatten(0, 1).mean(0)
+        return -(away[:, 0] * away[:, 1]).mean()
+
+    return _jackknife(covariance, torch.stack([excess, spring], -1))
 
 
 def slope_effect(around: Neighbourhood) -> float:
@@ -266,6 +301,10 @@ def proposal_log_ratio(
     forth = (after - before + half * gradient_before).double().square().sum(-1)
     back = (before - after + half * gradient_after).double().square().sum(-1)
     return (forth - back) / (2 * step_size) + potential_before - potential_after
+
+
+def _over_probes(forms: Float[Tensor, " probes"]) -> Measured:
+    return Measured(float(forms.mean()), float(forms.std()) / sqrt(len(forms)))
 
 
 def _jackknife(statistic: Callable[[Tensor], Tensor], draws: Tensor) -> Measured:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pushforward.degeneracy.checkpoints import StoppingWalk
 from pushforward.degeneracy.coefficient import LearningCoefficient, Measured
 from pushforward.degeneracy.estimate import coefficient_of
 from pushforward.degeneracy.neighbourhood import Metric, Neighbourhood
@@ -24,6 +23,7 @@ from pushforward.degeneracy.temperature_fit import (
     TemperatureFit,
     fit_temperatures,
 )
+from pushforward.degeneracy.walk import Walk
 from pushforward.errors import OptionError
 from pushforward.networks.likelihoods import Likelihood
 from pushforward.networks.model import FunctionalModel
@@ -205,7 +205,7 @@ def extrapolated_learning_coefficient(
             started = perf_counter()
             options, there = around(nbeta, gamma)
             folder = None if checkpoint is None else Path(checkpoint) / f"nbeta-{number:02d}"
-            walk = StoppingWalk(there, options.sampler_for(there), seed, folder, progress=False)
+            walk = Walk(there, options.sampler_for(there), seed, folder, progress=False)
             runs = walk_through(walk, options)
             found = coefficient_of(runs, seed, perf_counter() - started)
             gamma = found.localization  # of the first, for all that follow

@@ -23,7 +23,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pushforward.degeneracy.checkpoints import StoppingWalk
 from pushforward.degeneracy.coefficient import LearningCoefficient, Measured
 from pushforward.degeneracy.deep_linear_points import deep_linear_local
 from pushforward.degeneracy.estimate import coefficient_of
@@ -38,6 +37,7 @@ from pushforward.degeneracy.linear_networks import (
 from pushforward.degeneracy.neighbourhood import Metric
 from pushforward.degeneracy.schedule import walk_through
 from pushforward.degeneracy.settings import SamplerChoice, Settings
+from pushforward.degeneracy.walk import Walk
 from pushforward.errors import OptionError, SamplingError
 from pushforward.networks.likelihoods import Gaussian, Likelihood
 from pushforward.networks.model import FunctionalModel
@@ -51,7 +51,7 @@ __all__ = ["SelfTest", "SelfTestPoint", "degeneracy_self_test"]
 
 _HMC_PARAMETERS = 10_000  # up to which the truth is sampled
 _TRUTH_CHAINS = 8
-_LEAST_LEARNING, _MOST_LEARNING = 100, 300  # steps, as many as draws
+_MOST_LEARNING = 300  # steps, as many as draws
 _CLOSE = 0.05  # of the truth: as good as exact
 _SIGMAS, _IMPRECISE = 2.0, 0.25
 _UNFIT = frozenset({"DEAD_CHAINS", "STEP_TOO_LARGE"})
@@ -269,7 +269,9 @@ def degeneracy_self_test(
 
     Examples
     --------
-    >>> found = degeneracy_self_test(2, 30, num_draws=60, truth_draws=60, progress=False)
+    >>> found = degeneracy_self_test(
+    ...     2, 30, sampler="langevin", num_draws=60, num_warmup=20, truth_draws=20, progress=False
+    ... )
     >>> [point.name for point in found.points], found.widths
     (['full rank', 'zero'], (1, 1, 1))
     """
@@ -314,8 +316,7 @@ def degeneracy_self_test(
                 inputs = inputs * sqrt(curvature / here)
             points.append(_measured(name, factors, inputs, settings, truth_draws, seed))
             advance(1, name)
-    seconds = perf_counter() - began
-    return SelfTest(settings, widths, num_examples, tuple(points), seconds)
+    return SelfTest(settings, widths, num_examples, tuple(points), perf_counter() - began)
 
 
 def _measured(
@@ -328,15 +329,14 @@ def _measured(
 ) -> SelfTestPoint:
     """The user's settings, and the truth, at one point."""
     began = perf_counter()
-    own = derived_seed(seed, "self-test", name)
-    loss = Gaussian(noise_variance=1.0)
+    own, loss = derived_seed(seed, "self-test", name), Gaussian(noise_variance=1.0)
     around = settings.neighbourhood(*realised(factors, inputs), loss, **_PLAIN, seed=own)
-    walk = StoppingWalk(around, settings.sampler_for(around), own, None, progress=False)
+    walk = Walk(around, settings.sampler_for(around), own, None, progress=False)
     try:
         runs = walk_through(walk, settings)
     except SamplingError as error:
-        where = f"self-test at {name}, {error.where}"
-        raise SamplingError(error.what, where=where, advice=error.advice) from error
+        where, advice = f"self-test at {name}, {error.where}", error.advice
+        raise SamplingError(error.what, where=where, advice=advice) from error
     found = coefficient_of(runs, own, perf_counter() - began)
     exact = replace(
         settings,
@@ -345,7 +345,7 @@ def _measured(
         sampler="hmc",
         num_chains=_TRUTH_CHAINS,
         num_draws=truth_draws,
-        num_warmup=max(_LEAST_LEARNING, min(_MOST_LEARNING, truth_draws)),
+        num_warmup=min(_MOST_LEARNING, truth_draws),
         batch_size=None,
         step_size="auto",
     )
@@ -355,7 +355,7 @@ def _measured(
     by: TruthBy = "none"
     if around.num_parameters <= _HMC_PARAMETERS:
         other = derived_seed(own, "truth")
-        runs = walk_through(StoppingWalk(there, "hmc", other, None, progress=False), exact)
+        runs = walk_through(Walk(there, "hmc", other, None, progress=False), exact)
         sampled = coefficient_of(runs, other, 0.0)
         truth = Measured(float(sampled.value), float(sampled.standard_error))
         by, verdict = "hmc", sampled.verdict

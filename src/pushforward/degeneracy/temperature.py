@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from pushforward.degeneracy.agreement import agreement
 from pushforward.degeneracy.calibration import calibrate
-from pushforward.degeneracy.checkpoints import StoppingWalk
 from pushforward.degeneracy.neighbourhood import Metric, Neighbourhood
 from pushforward.degeneracy.settings import Settings
+from pushforward.degeneracy.walk import Walk
 from pushforward.errors import OptionError, SamplingError
 from pushforward.networks.likelihoods import Likelihood
 from pushforward.networks.model import FunctionalModel
@@ -255,7 +255,7 @@ def learning_coefficient_map(
 
     middle = around(None)
     if localization is None or step_sizes is None:
-        walk = StoppingWalk(middle, sampler, seed, None, progress=False)
+        walk = Walk(middle, sampler, seed, None, progress=False)
         found = calibrate(
             walk,
             num_chains=num_chains,
@@ -326,7 +326,7 @@ def _cell(
         if saved is not None:
             return saved[0]["cell"]
     assert settings.sampler != "auto"
-    walk = StoppingWalk(around, settings.sampler, own, None, progress=False)
+    walk = Walk(around, settings.sampler, own, None, progress=False)
     found = torch.tensor([torch.nan, torch.nan, settings.num_chains, 0.0], dtype=torch.float64)
     try:
         walked = walk.run(

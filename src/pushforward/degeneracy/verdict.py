@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import sqrt
+from math import log, sqrt
 
 from pushforward.degeneracy.agreement import Agreement
 from pushforward.degeneracy.coefficient import Measured, Verdict
@@ -12,6 +12,7 @@ from pushforward.runs.estimate import Check, Status
 __all__ = [
     "alive_check",
     "equilibrium_check",
+    "localization_check",
     "minimum_check",
     "precision_check",
     "step_check",
@@ -23,6 +24,7 @@ _CHANGES = 0.1  # of the value, by halving the step size
 _LARGEST_R_HAT = 1.1
 _FEWEST_EFFECTIVE = 50
 _NOTHING = 1e-6  # of the value: rounding
+_SPRING = 0.5  # change of the logarithm of the value by that of the localisation
 _SLOPE = 0.25  # of the value, that the gradient may account for
 _BELOW = 0.05  # share of draws that may have a smaller loss than w*
 
@@ -92,6 +94,21 @@ def equilibrium_check(found: Agreement) -> Check:
     return _check(
         "equilibrated", mixed and found.settled, detail, "Take more draws or more localization."
     )
+
+
+def localization_check(value: float, effect: Measured) -> Check:
+    """Whether the spring leaves it to the network what the value is."""
+    sure = abs(effect.value) - 2 * effect.standard_error
+    good = not sure > _SPRING * abs(value)
+    detail = (
+        f"twice the localization would change the value by about {effect.value * log(2):.2g} ± "
+        f"{effect.standard_error * log(2):.1g}"
+    )
+    advice = (
+        "The spring rather than the network sets the value. Give a smaller localization, with more "
+        "draws, and compare networks at the same one only."
+    )
+    return Check("localization", "pass" if good else "warn", detail, "" if good else advice)
 
 
 def precision_check(value: float, error: float) -> Check:

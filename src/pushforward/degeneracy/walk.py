@@ -42,12 +42,15 @@ class Walked:
     excess
         ``(chain, draw)`` float64: ``n beta (L(w) - L(w*))``, estimated from minibatches if there
         are any. NaN where a chain was lost.
+    squared_distance
+        ``(chain, draw)``: from ``w*``, in units of the scale.
     losses
         ``(chain, draw, N)``: of every example, where they were asked for.
     """
 
     chains: Chains
     excess: Float[Tensor, "chain draw"]
+    squared_distance: Float[Tensor, "chain draw"]
     losses: Float[Tensor, "chain draw examples"] | None
 
     @property
@@ -215,7 +218,7 @@ class Walk:
         else:
             mean = found.mean(-1, dtype=torch.float64)
             excess = around.nbeta * (mean - known)
-        return Walked(chains, excess, found)
+        return Walked(chains, excess, distance, found)
 
     def attempt(
         self, name: str, *, steps: int, start: Params | int, step_size: float

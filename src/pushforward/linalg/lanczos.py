@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pushforward.linalg.blocks import inner
 
-__all__ = ["quadratic_forms", "tridiagonalise"]
+__all__ = ["quadratic_forms", "quadrature", "tridiagonalise"]
 
 
 def tridiagonalise(
@@ -86,9 +86,32 @@ def quadratic_forms(
     S. Ubaru, J. Chen and Y. Saad, *Fast estimation of tr(f(A)) via stochastic Lanczos quadrature*,
     SIAM J. Matrix Anal. Appl. 38 (2017).
     """
+    nodes, weights = quadrature(product, probes, steps)
+    return (weights * function(nodes)).sum(1)
+
+
+def quadrature(
+    product: Callable[[Tensor], Tensor], probes: Float[Tensor, "K P"], steps: int
+) -> tuple[Float[Tensor, "K steps"], Float[Tensor, "K steps"]]:
+    """The rule behind `quadratic_forms`, for several functions at the price of one.
+
+    Parameters
+    ----------
+    product
+        A symmetric matrix times each row.
+    probes
+        ``(K, P)``.
+    steps
+        Nodes, and products to spend.
+
+    Returns
+    -------
+    tuple
+        Nodes and weights, ``(K, steps)`` float64: ``z . f(matrix) z`` is about ``sum_j weights_j
+        f(nodes_j)``.
+    """
     diagonals, beside = tridiagonalise(product, probes, steps)
     matrices = torch.diag_embed(diagonals)
     matrices += torch.diag_embed(beside[:, :-1], 1) + torch.diag_embed(beside[:, :-1], -1)
     nodes, vectors = torch.linalg.eigh(matrices)
-    weights = vectors[:, 0].square()
-    return inner(probes, probes) * (weights * function(nodes)).sum(1)
+    return nodes, inner(probes, probes)[:, None] * vectors[:, 0].square()
