@@ -125,7 +125,6 @@ def test_chains_that_never_live_are_refused():
         calibrated(walk_of(net, data, loss=lost))
 
 
-@pytest.mark.xfail(strict=True, reason="OptionError: step_size: nan, which nobody gave")
 def test_a_loss_without_curvature_at_the_weights_is_named():
     """Distances, instead of their squares, have a kink where the network fits exactly."""
 

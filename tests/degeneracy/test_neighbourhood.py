@@ -157,7 +157,6 @@ def test_scales_are_inverse_roots_of_the_mean_curvature():
     assert length == pytest.approx(around.num_parameters, rel=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="lengths of the tensors are kept in single precision")
 def test_scales_are_exact_to_rounding():
     net, data = relu_network()
     around = neighbourhood(net, data, metric="layerwise")

@@ -63,7 +63,6 @@ def test_step_sizes_are_numbers(value):
 
 
 @pytest.mark.wrong_types
-@pytest.mark.xfail(strict=True, reason="text raises TypeError, and True counts as 1")
 @pytest.mark.parametrize("name", ["nbeta", "localization"])
 @pytest.mark.parametrize("value", ["strong", True])
 def test_temperature_and_localization_are_numbers(name, value):

@@ -13,6 +13,7 @@ from pushforward.degeneracy.verdict import (
     alive_check,
     equilibrium_check,
     localization_check,
+    metropolis_check,
     minimum_check,
     precision_check,
     step_check,
@@ -98,7 +99,6 @@ def test_one_step_size_below_zero_is_no_proof():
     assert minimum_check(two(-1.0, -1.0), 0.0, 0.0).status == "fail"
 
 
-@pytest.mark.xfail(strict=True, reason="it says -0")
 def test_rounding_is_no_slope():
     check = minimum_check([Measured(1e4, 0.1)], 0.0, -1e-3)
     assert "slope takes 0 from" in check.detail
@@ -127,8 +127,9 @@ def test_the_change_has_its_sign():
     assert "changes the value by -0.4 ±" in step_check(two(2.4, 2.0), 2.0, 1.0).detail
 
 
-def test_a_metropolis_test_needs_no_second_run():
-    assert step_check(two(9.0, 1.0)[:1], 9.0, 99.0).status == "pass"
+@pytest.mark.parametrize(("acceptance", "status"), [(0.8, "pass"), (0.001, "fail")])
+def test_a_metropolis_test_needs_no_second_run_but_has_to_move(acceptance, status):
+    assert metropolis_check(acceptance).status == status
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,6 @@ def test_an_effect_that_is_not_known_is_no_warning():
     assert localization_check(2.0, Measured(nan, nan)).status == "pass"
 
 
-@pytest.mark.xfail(strict=True, raises=NameError, reason="a value of 0 raises NameError: torch")
 def test_an_error_beside_nothing():
     assert precision_check(0.0, 0.1).status == "warn"
 
@@ -201,7 +201,7 @@ def test_a_quadratic_is_fine():
 @pytest.mark.parametrize("sampler", ["sgld", "hmc"])
 def test_a_few_draws_are_not_in_equilibrium(sampler):
     net, data, _ = regression()
-    found = estimate(net, data, sampler=sampler, num_draws=16, num_warmup=2, num_chains=2)
+    found = estimate(net, data, sampler=sampler, num_draws=16, num_warmup=20, num_chains=2)
     assert found.verdict == "NOT_EQUILIBRATED"
     assert "more draws" in found.advice
 
@@ -227,12 +227,7 @@ def test_a_step_at_the_edge_is_not_blamed_on_the_network():
 @pytest.mark.parametrize(
     "length",
     [
-        pytest.param(
-            200,
-            marks=pytest.mark.xfail(
-                strict=True, reason="ZeroDivisionError: chains at 1e100 are finite, errors not"
-            ),
-        ),
+        200,
         2000,
     ],
 )
@@ -333,7 +328,6 @@ def test_nothing_is_left_of_chains_that_all_die():
 # --- parameters that do nothing ------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="NameError or ZeroDivisionError where nothing varies")
 @pytest.mark.parametrize("sampler", ["sgld", "mala"])
 def test_parameters_that_do_nothing_have_a_coefficient_of_zero(sampler):
     net = network(linear(3, 4), torch.nn.ReLU, linear(4, 1))
@@ -345,7 +339,6 @@ def test_parameters_that_do_nothing_have_a_coefficient_of_zero(sampler):
     assert found.verdict == "OK"
 
 
-@pytest.mark.xfail(strict=True, reason="NameError where no proposal is accepted")
 def test_chains_that_never_move_are_not_fine():
     net, data, _ = regression()
     found = estimate(net, data, sampler="mala", step_size=50.0, num_draws=50, num_warmup=0)

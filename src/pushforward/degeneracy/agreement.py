@@ -14,6 +14,7 @@ from pushforward.sampling.diagnostics import diagnose
 __all__ = ["Agreement", "agreement", "extrapolated"]
 
 _FEWEST_DRAWS = 8
+_EXACT = 1e-12  # relative errors below it are as good as none
 
 
 @dataclass(frozen=True)
@@ -109,18 +110,23 @@ def extrapolated(
     >>> round(value, 3), round(error, 3)
     (10.0, 0.224)
     """
-    (x, s), (y, t), (expected, spread) = coarse, fine, bias
+    unit = max(map(abs, (*coarse, *fine, *bias))) or 1.0
+    (x, s), (y, t), (expected, spread) = (
+        (mean / unit, max(error / unit, _EXACT)) for mean, error in (coarse, fine, bias)
+    )
     # Precisions of x = value + 2 b, of y = value + b and of b = expected.
-    u, v, w = (1 / max(error, 1e-12 * (abs(y) + 1e-12)) ** 2 for error in (s, t, spread))
-    a, b, c = u + v, 2 * u + v, 4 * u + v + w
-    determinant = a * c - b * b
-    right, below = u * x + v * y, 2 * u * x + v * y + w * expected
-    return (c * right - b * below) / determinant, sqrt(c / determinant)
+    u, v, w = (error**-2 for error in (s, t, spread))
+    # Solved by hand, so that nothing cancels: Richardson's value, and both runs less their bias.
+    total = u * v + w * (u + v)
+    value = (u * v * (2 * y - x) + w * (u * (x - 2 * expected) + v * (y - expected))) / total
+    return unit * value, unit * sqrt((4 * u + v + w) / total)
 
 
 def _monte_carlo(trace: Tensor) -> tuple[float, float, float]:
     """Standard error of the mean, effective draws, R-hat."""
-    if trace.shape[1] < _FEWEST_DRAWS or float(trace.std()) == 0:
+    if trace.numel() > 1 and float(trace.std()) == 0:
+        return 0.0, torch.nan, torch.nan
+    if trace.shape[1] < _FEWEST_DRAWS:
         return torch.nan, torch.nan, torch.nan
     (found,) = diagnose({}, {"trace": trace}, {}).quantities
     return float(found.standard_error), float(found.ess_bulk), float(found.r_hat)

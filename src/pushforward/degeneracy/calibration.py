@@ -91,6 +91,13 @@ def calibrate(
     weakest = around.localization
     relative = 2 * _RESOLVED / (aim * num_draws)  # of a step size that is aim / curvature
     largest = _largest(walk, around.centre.expand(pilots, -1), generator) - weakest
+    if not isfinite(largest):
+        raise SamplingError(
+            "the loss has no finite curvature at the weights",
+            where=f"learning_coefficient, {walk.sampler}",
+            advice="Give the step_size and the localization, or a loss that can be differentiated "
+            "twice, such as squares instead of distances.",
+        )
     found: Walked | None = None
     for turn in range(_MOST_PILOTS):
         if localize:

@@ -30,6 +30,7 @@ from pushforward.degeneracy.verdict import (
     alive_check,
     equilibrium_check,
     localization_check,
+    metropolis_check,
     minimum_check,
     precision_check,
     step_check,
@@ -221,10 +222,11 @@ def coefficient_of(runs: Runs, seed: int, seconds: float) -> LearningCoefficient
     effect = localization_effect(excess, main.squared_distance[alive], around)
     if quadratic_effect is not None and effect.standard_error > _VAGUE * abs(value):
         effect = quadratic_effect
+    accepted = _acceptance(runs, seed)
     checks = (
         alive_check(dead, runs.started),
         minimum_check(measured, below, slope),
-        step_check(measured, value, sharpest),
+        metropolis_check(accepted) if walk.learns else step_check(measured, value, sharpest),
         equilibrium_check(coarse),
     )
     logarithms = losses if around.logarithms else None
@@ -260,7 +262,7 @@ def coefficient_of(runs: Runs, seed: int, seconds: float) -> LearningCoefficient
         drift=Measured(coarse.drift, coarse.drift_error),
         runs=tuple(measured),
         expected_bias=bias,
-        acceptance=_acceptance(runs, seed),
+        acceptance=accepted,
         quadratic=quadratic,
         slope=slope,
         localization_effect=effect,

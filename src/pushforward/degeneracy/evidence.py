@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import log, sqrt
+from math import log
 
 import torch
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pushforward.degeneracy.coefficient import Measured
 from pushforward.degeneracy.neighbourhood import Neighbourhood
-from pushforward.linalg.lanczos import quadratic_forms, quadrature
+from pushforward.linalg.lanczos import quadrature, tridiagonalise
 from pushforward.runs.rng import stream
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
 
 _WARMER = 1.2  # ratio of the two temperatures
 _PROBES = 4
+_BELOW = 0.999  # the spring's curvature, so that rounding leaves it below all others
 _LANCZOS_STEPS = 24
 _PROPOSALS = 4  # of every chain
 
@@ -143,7 +144,8 @@ def quadratic_answer(around: Neighbourhood, seed: int) -> tuple[Measured, Measur
     -------
     tuple
         It, and its derivative by the logarithm of ``gamma``, both with an error from the spread of
-        probes. Directions of negative curvature count as flat.
+        probes and from what the second half of the steps has changed. Directions of negative
+        curvature count as flat.
     """
     generator = stream(seed, "quadratic")
     signs = torch.randint(2, (_PROBES, around.num_parameters), generator=generator) * 2 - 1
@@ -154,11 +156,28 @@ def quadratic_answer(around: Neighbourhood, seed: int) -> tuple[Measured, Measur
         inner = around.probed.curvature_product(points, around.scale * vectors)
         return around.scale * inner
 
-    nodes, weights = quadrature(product, probes, min(_LANCZOS_STEPS, around.num_parameters))
+    steps = min(_LANCZOS_STEPS, around.num_parameters)
+    diagonals, beside = tridiagonalise(product, probes, steps)
+    half, whole = (
+        _held_by_the_loss(diagonals[:, :count], beside[:, :count], gamma) * around.num_parameters
+        for count in (max(1, steps // 2), steps)
+    )
+    cut = (whole - half).mean(1).square() if steps < around.num_parameters else 0.0
+    error = (whole.var(1) / _PROBES + cut).sqrt()
+    value, slope = (
+        Measured(float(mean), float(each)) for mean, each in zip(whole.mean(1), error, strict=True)
+    )
+    return value, slope
+
+
+def _held_by_the_loss(
+    diagonals: Float[Tensor, "probes steps"], beside: Float[Tensor, "probes steps"], gamma: float
+) -> Float[Tensor, "2 probes"]:
+    """``(a - gamma) / 2 a`` and its derivative by ``ln gamma``, averaged over curvatures ``a``."""
+    nodes, weights = quadrature(diagonals, beside, lowest=_BELOW * gamma)
     held = nodes.clamp(min=gamma)
     share = 0.5 * (held - gamma) / held
-    values, slopes = (weights * share).sum(1), -(weights * share * gamma / held).sum(1)
-    return _over_probes(values), _over_probes(slopes)
+    return torch.stack([(weights * share).sum(1), -(weights * share * gamma / held).sum(1)])
 
 
 def localization_effect(
@@ -219,7 +238,8 @@ def slope_effect(around: Neighbourhood) -> float:
         return -(1 - 0.5 * (held - gamma) / held) / held
 
     steps = min(_LANCZOS_STEPS, around.num_parameters)
-    return float(quadratic_forms(product, start, effect, steps))
+    nodes, weights = quadrature(*tridiagonalise(product, start, steps), lowest=_BELOW * gamma)
+    return float(start.double().square().sum() * (weights * effect(nodes)).sum())
 
 
 def acceptance(
@@ -301,10 +321,6 @@ def proposal_log_ratio(
     forth = (after - before + half * gradient_before).double().square().sum(-1)
     back = (before - after + half * gradient_after).double().square().sum(-1)
     return (forth - back) / (2 * step_size) + potential_before - potential_after
-
-
-def _over_probes(forms: Float[Tensor, " probes"]) -> Measured:
-    return Measured(float(forms.mean()), float(forms.std()) / sqrt(len(forms)))
 
 
 def _jackknife(statistic: Callable[[Tensor], Tensor], draws: Tensor) -> Measured:

@@ -306,8 +306,8 @@ def _layerwise_scale(potential: NetworkPotential, seed: int) -> Float[Tensor, " 
         probes[:, at] = signs.to(centre)
         forms = curvature_traces(part, centre.expand(_PROBES, -1), probes)
         curvatures[index] = float(forms.mean()) / (at.stop - at.start)
-    lengths = torch.tensor([float(centre[at].square().sum(dtype=torch.float64)) for at in where])
-    total = (curvatures.clamp(min=0) * lengths.double()).sum()
+    lengths = torch.stack([centre[at].double().square().sum().cpu() for at in where])
+    total = (curvatures.clamp(min=0) * lengths).sum()
     if not bool(torch.isfinite(total)) or total <= 0:
         raise DataError(
             "the loss has no curvature in the direction of the weights",

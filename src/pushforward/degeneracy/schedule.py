@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 
 from pushforward.degeneracy.agreement import agreement
-from pushforward.degeneracy.calibration import calibrate, relaxation_steps, sustained_step
+from pushforward.degeneracy.calibration import (
+    calibrate,
+    largest_near,
+    relaxation_steps,
+    sustained_step,
+)
 from pushforward.degeneracy.settings import Settings
 from pushforward.degeneracy.walk import Walk, Walked
 from pushforward.errors import SamplingError
@@ -23,7 +30,9 @@ _MOST_WARMUPS = 8
 _MOST_MAINS = 4
 _LONGEST_WARMUP = 20  # in units of the draws
 _SHARPER = 1.5  # than calibrated: the warm-up goes on with a smaller step
-_SHRINK = 8.0  # when a chain was lost
+_SHRINK = 8.0  # when a chain was lost, or ran away
+_MOST_ATTEMPTS = 4
+_UNSTABLE = 3.0  # step size times curvature; 4 is the edge
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +111,6 @@ def _metropolis_runs(walk: Walk, settings: Settings, start: Params | int) -> Run
 
 def _langevin_runs(walk: Walk, settings: Settings, begin: Params | int) -> Runs:
     draws, step_size = settings.draws_of(walk.sampler), settings.fixed_step
-    num_warmup = settings.num_warmup
     found = calibrate(
         walk,
         num_chains=settings.num_chains,
@@ -110,37 +118,23 @@ def _langevin_runs(walk: Walk, settings: Settings, begin: Params | int) -> Runs:
         step_size=step_size,
         localize=settings.localization is None,
     )
-    walk, step, warmups = found.walk, found.step_size, list[Walked]()
-    start = begin
-    for turn in range(_MOST_WARMUPS):
-        steps = num_warmup
-        if steps is None:
-            longest = _LONGEST_WARMUP * draws
-            steps = relaxation_steps(walk.around.localization, step, most=longest)
-        if not steps:
+    walk, step = found.walk, found.step_size
+    warmup_names = map("warmup-{}".format, count())
+    main_names = map("main-{}".format, count())
+    for attempt in range(_MOST_ATTEMPTS):
+        step, warmups, start = _warmed(walk, settings, step, begin, warmup_names)
+        for turn in range(_MOST_MAINS):
+            main = walk.run(next(main_names), steps=draws, start=start, step_size=step)
+            stable = _stable(main, walk, step)
+            settled = stable and agreement(main.excess[main.alive]).settled
+            if settled or not stable or settings.num_warmup is not None or turn == _MOST_MAINS - 1:
+                break
+            warmups = (*warmups, main)  # that is what it was
+            start = main.survivors()
+        if stable or step_size is not None or attempt == _MOST_ATTEMPTS - 1:
             break
-        last = turn == _MOST_WARMUPS - 1
-        fixed = last or step_size is not None
-        walked = _survived(walk, f"warmup-{turn}", steps, start, step, final=fixed)
-        if walked is None:
-            step, start, warmups = step / _SHRINK, begin, []
-            continue
-        warmups.append(walked)
-        start = walked.survivors()
-        if fixed:
-            break
-        wanted = sustained_step(walk, walked)
-        if step <= _SHARPER * wanted:
-            break
-        step = wanted  # the chains came to where it is narrower
-    for turn in range(_MOST_MAINS):
-        main = walk.run(f"main-{turn}", steps=draws, start=start, step_size=step)
-        _require_survivors(main, walk)
-        settled = agreement(main.excess[main.alive]).settled
-        if settled or num_warmup is not None or turn == _MOST_MAINS - 1:
-            break
-        warmups.append(main)  # that is what it was
-        start = main.survivors()
+        step /= _SHRINK
+    _require_survivors(main, walk)
     survivors = main.survivors()
     room = _MOST_LOSSES // (walk.around.num_examples * _count(survivors))
     spaced = max(_FEWEST_SPACED, min(draws, _SPACED_DRAWS, room))
@@ -154,7 +148,46 @@ def _langevin_runs(walk: Walk, settings: Settings, begin: Params | int) -> Runs:
         losses=True,
     )
     _require_survivors(second, walk)
-    return Runs(walk, _count(begin), step, tuple(warmups), main, second)
+    return Runs(walk, _count(begin), step, warmups, main, second)
+
+
+def _warmed(
+    walk: Walk, settings: Settings, step: float, begin: Params | int, names: Iterator[str]
+) -> tuple[float, tuple[Walked, ...], Params | int]:
+    """Warm up, with smaller steps where the chains come to narrower places.
+
+    Returns
+    -------
+    tuple
+        Step size, what was walked, and where the chains are now.
+    """
+    warmups, start = list[Walked](), begin
+    for turn in range(_MOST_WARMUPS):
+        steps = settings.num_warmup
+        if steps is None:
+            longest = _LONGEST_WARMUP * settings.draws_of(walk.sampler)
+            steps = relaxation_steps(walk.around.localization, step, most=longest)
+        if not steps:
+            break
+        final = turn == _MOST_WARMUPS - 1 or settings.fixed_step is not None
+        walked = _survived(walk, next(names), steps, start, step, final=final)
+        if walked is None:
+            step, start, warmups = step / _SHRINK, begin, []
+            continue
+        warmups.append(walked)
+        start = walked.survivors()
+        wanted = sustained_step(walk, walked)
+        if final or step <= _SHARPER * wanted:
+            break
+        step = wanted
+    return step, tuple(warmups), start
+
+
+def _stable(walked: Walked, walk: Walk, step: float) -> bool:
+    """Whether no chain ran away or feels an edge of stability; those that died are told of."""
+    if walk.ran_away(walked):
+        return False
+    return not bool(walked.alive.any()) or step * largest_near(walk, walked) < _UNSTABLE
 
 
 def _require_survivors(walked: Walked, walk: Walk) -> None:
@@ -180,4 +213,5 @@ def _survived(
         if final:
             raise
         return None
-    return walked if final or bool(walked.alive.all()) else None
+    lost = not bool(walked.alive.all()) or walk.ran_away(walked)
+    return None if lost and not final else walked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
-from math import inf, isfinite
+from math import inf
 from typing import Any, Literal, TypeAlias, get_args
 
 from torch import nn
@@ -53,7 +53,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, positive in (("nbeta", self.nbeta), ("localization", self.localization)):
-            if positive is not None and not (isfinite(positive) and positive > 0):
+            if positive is None:
+                continue
+            number = isinstance(positive, int | float) and not isinstance(positive, bool)
+            if not number or not 0 < positive < inf:
                 raise OptionError(
                     f"{positive!r} is out of range",
                     where=name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import log, sqrt
+from math import inf, log, sqrt
 
 from pushforward.degeneracy.agreement import Agreement
 from pushforward.degeneracy.coefficient import Measured, Verdict
@@ -13,6 +13,7 @@ __all__ = [
     "alive_check",
     "equilibrium_check",
     "localization_check",
+    "metropolis_check",
     "minimum_check",
     "precision_check",
     "step_check",
@@ -24,6 +25,7 @@ _CHANGES = 0.1  # of the value, by halving the step size
 _LARGEST_R_HAT = 1.1
 _FEWEST_EFFECTIVE = 50
 _NOTHING = 1e-6  # of the value: rounding
+_STUCK = 0.01  # acceptance
 _SPRING = 0.5  # change of the logarithm of the value by that of the localisation
 _SLOPE = 0.25  # of the value, that the gradient may account for
 _BELOW = 0.05  # share of draws that may have a smaller loss than w*
@@ -58,9 +60,9 @@ def minimum_check(runs: Sequence[Measured], below: float, slope: float) -> Check
     slope = 0.0 if abs(slope) < _NOTHING * abs(value) else slope
     detail = (
         f"{100 * below:.2g} % of the draws have a smaller loss than the network itself; its "
-        f"slope takes {-slope:.2g} from the value, if the loss is quadratic"
+        f"slope takes {0.0 - slope:.2g} from the value, if the loss is quadratic"
     )
-    if all(run.value + 2 * run.standard_error <= 0 for run in runs) or below > _BELOW:
+    if all(run.value + 2 * run.standard_error < 0 for run in runs) or below > _BELOW:
         advice = "The network is not at a minimum at this temperature: train on."
         return Check("at-a-minimum", "fail", detail, advice)
     if -slope > max(2 * error, _SLOPE * abs(value)):
@@ -69,10 +71,14 @@ def minimum_check(runs: Sequence[Measured], below: float, slope: float) -> Check
     return Check("at-a-minimum", "pass", detail)
 
 
+def metropolis_check(acceptance: float) -> Check:
+    """Whether a sampler with a Metropolis test moves."""
+    detail = f"a Metropolis test makes it exact; {100 * acceptance:.3g} % of proposals accepted"
+    return _check("step-size", acceptance >= _STUCK, detail, "Nothing moves. Take a smaller step.")
+
+
 def step_check(runs: Sequence[Measured], value: float, sharpest: float) -> Check:
-    """Whether the step size can be felt; a single run had a Metropolis test."""
-    if len(runs) < 2:
-        return _check("step-size", True, "a Metropolis test makes it exact", "")
+    """Whether the step size can be felt."""
     change = runs[0].value - runs[1].value
     error = sqrt(runs[0].standard_error ** 2 + runs[1].standard_error ** 2)
     large = abs(change) > max(3 * error, _CHANGES * abs(value))
@@ -113,7 +119,7 @@ def localization_check(value: float, effect: Measured) -> Check:
 
 def precision_check(value: float, error: float) -> Check:
     """Whether the error is small beside the value."""
-    relative = error / abs(value) if value else torch.inf
+    relative = error / abs(value) if value else inf
     status: Status = "pass" if relative < _CHANGES else "warn"
     advice = "" if status == "pass" else "Take more draws or more chains."
     return Check("standard-error", status, f"{100 * relative:.2g} % of the value", advice)

@@ -28,6 +28,7 @@ SamplerName: TypeAlias = Literal["langevin", "sgld", "hmc", "mala"]
 """Langevin is SGLD with averaged noise; the last two have a Metropolis test on all data."""
 
 
+_FAR = 100.0
 LEAPFROG_STEPS = 16  # of a trajectory, on average
 
 
@@ -236,4 +237,24 @@ class Walk:
             )
         except SamplingError:
             return None
-        return walked if bool(walked.alive.all()) else None
+        lost = not bool(walked.alive.all()) or self.ran_away(walked)
+        return None if lost else walked
+
+    def ran_away(self, walked: Walked) -> bool:
+        """Whether a chain was, for a while, where no equilibrium is.
+
+        Parameters
+        ----------
+        walked
+            Chains that are alive.
+
+        Returns
+        -------
+        bool
+            At a minimum the mean excess is at most half the number of parameters; a chain that rose
+            to two hundred times that, from much lower, has felt an unstable step. It may have come
+            back since, to where all units are dead.
+        """
+        peak, first = walked.excess.amax(1), walked.excess[:, 0].abs()
+        usual = torch.maximum(first, torch.full_like(first, self.around.num_parameters + 10.0))
+        return bool((peak > _FAR * usual).any())

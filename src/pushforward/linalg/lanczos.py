@@ -86,32 +86,62 @@ def quadratic_forms(
     S. Ubaru, J. Chen and Y. Saad, *Fast estimation of tr(f(A)) via stochastic Lanczos quadrature*,
     SIAM J. Matrix Anal. Appl. 38 (2017).
     """
-    nodes, weights = quadrature(product, probes, steps)
-    return (weights * function(nodes)).sum(1)
+    nodes, weights = quadrature(*tridiagonalise(product, probes, steps))
+    return inner(probes, probes) * (weights * function(nodes)).sum(1)
 
 
 def quadrature(
-    product: Callable[[Tensor], Tensor], probes: Float[Tensor, "K P"], steps: int
-) -> tuple[Float[Tensor, "K steps"], Float[Tensor, "K steps"]]:
-    """The rule behind `quadratic_forms`, for several functions at the price of one.
+    diagonals: Float[Tensor, "K steps"],
+    beside: Float[Tensor, "K steps"],
+    *,
+    lowest: float | None = None,
+) -> tuple[Float[Tensor, "K nodes"], Float[Tensor, "K nodes"]]:
+    """The rule that belongs to what `tridiagonalise` returns, or to its first columns.
 
     Parameters
     ----------
-    product
-        A symmetric matrix times each row.
-    probes
-        ``(K, P)``.
-    steps
-        Nodes, and products to spend.
+    diagonals, beside
+        ``(K, steps)``.
+    lowest
+        A lower bound of all eigenvalues, which becomes a node of its own (Gauss-Radau; G. Golub and
+        G. Meurant, *Matrices, moments and quadrature*, 2010). Many eigenvalues at or near it are
+        then counted at once, where the plain rule finds them last. Rows for which it is no lower
+        bound keep the plain rule.
 
     Returns
     -------
     tuple
-        Nodes and weights, ``(K, steps)`` float64: ``z . f(matrix) z`` is about ``sum_j weights_j
-        f(nodes_j)``.
+        Nodes and weights, ``(K, nodes)`` float64: ``z . f(matrix) z / |z|^2`` is about ``sum_j
+        weights_j f(nodes_j)``.
     """
-    diagonals, beside = tridiagonalise(product, probes, steps)
+    if lowest is not None:
+        diagonals, beside = _with_node(diagonals, beside, lowest)
     matrices = torch.diag_embed(diagonals)
     matrices += torch.diag_embed(beside[:, :-1], 1) + torch.diag_embed(beside[:, :-1], -1)
     nodes, vectors = torch.linalg.eigh(matrices)
-    return nodes, inner(probes, probes)[:, None] * vectors[:, 0].square()
+    return nodes, vectors[:, 0].square()
+
+
+def _with_node(
+    diagonals: Float[Tensor, "K steps"], beside: Float[Tensor, "K steps"], node: float
+) -> tuple[Float[Tensor, "K nodes"], Float[Tensor, "K nodes"]]:
+    """Matrices one larger that have this eigenvalue."""
+    # Their last diagonal entry is node + beta^2 e . (T - node)^-1 e, with the last unit vector e,
+    # by elimination: pivots of T - node are positive as long as it lies below all eigenvalues.
+    pivot = diagonals[:, 0] - node
+    below = pivot > 0
+    for step in range(1, diagonals.shape[1]):
+        pivot = (
+            diagonals[:, step]
+            - node
+            - beside[:, step - 1].square() / torch.where(below, pivot, 1.0)
+        )
+        below &= pivot > 0
+    # Where it is no lower bound, or the space was exhausted, the new row stands apart.
+    last = torch.where(below, beside[:, -1], 0.0)
+    entry = node + last.square() / torch.where(below, pivot, 1.0)
+    zero = torch.zeros_like(entry)[:, None]
+    return (
+        torch.cat([diagonals, entry[:, None]], 1),
+        torch.cat([beside[:, :-1], last[:, None], zero], 1),
+    )
