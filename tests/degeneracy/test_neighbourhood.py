@@ -45,7 +45,7 @@ def test_the_energy_is_its_formula(metric, batch_size):
         energy = 9.0 * loss + 0.5 * 2.5 * away
         found = around.potential.value(vector[None])
         torch.testing.assert_close(found[0], energy.detach(), rtol=1e-12, atol=1e-12)
-        distance = around.squared_distance(around.potential.space.unravel(vector))
+        distance = around.squared_distances(around.potential.space.unravel(vector[None]))[0]
         torch.testing.assert_close(distance, away, rtol=1e-12, atol=1e-12)
         excess = around.excess(found[0], distance)
         expected = 9.0 * (loss + UNIT.log_prob(net(x), y).mean())
@@ -82,7 +82,7 @@ def test_another_spring_on_the_same_network():
     assert other.localization == 6.0
     assert other.potential.anchor_losses is losses  # not measured twice
     vector = around.centre + 0.1
-    away = other.squared_distance(other.potential.space.unravel(vector))
+    away = other.squared_distances(other.potential.space.unravel(vector[None]))[0]
     difference = other.potential.value(vector[None]) - around.potential.value(vector[None])
     torch.testing.assert_close(difference[0], 2.5 * away)
 
@@ -359,7 +359,19 @@ def test_a_transformer_of_the_hub():
     assert around.num_parameters == 27
     logits = net(**{k: v for k, v in sentences().items() if k != "labels"}).logits
     loss = nn.functional.cross_entropy(logits, sentences()["labels"])
-    assert around.initial_loss == pytest.approx(float(loss), abs=1e-9)
+    assert around.initial_loss == pytest.approx(float(loss.detach()), abs=1e-9)
+    found = pf.learning_coefficient(
+        net,
+        [sentences()],
+        pf.Categorical(),
+        sampler="langevin",
+        num_chains=2,
+        num_draws=20,
+        batch_size=2,
+        realisable=True,
+    )
+    assert found.num_parameters == sum(p.numel() for p in net.parameters())
+    assert 0 < float(found) < found.num_parameters / 2
 
 
 def test_a_loader_is_its_tensors():

@@ -731,3 +731,33 @@ def test_part_of_data_in_columns():
         logits = net(first[at], second[at])
     expected = cross_entropy(logits, columns["labels"][at], reduction="none")
     torch.testing.assert_close(part.anchor_losses, expected)
+
+
+class LooksAtItsInputs(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.map = torch.nn.Linear(3, 2).double()
+
+    def forward(self, x):
+        return self.map(x) if bool((x[:, 0] > -100).all()) else 0 * self.map(x)
+
+
+def test_chains_take_turns_where_a_network_looks_at_its_inputs():
+    torch.manual_seed(0)
+    net = LooksAtItsInputs().eval()
+    plain = torch.nn.Sequential(net.map)
+    data = torch.randn(9, 3, dtype=F64), torch.randint(2, (9,))
+    turns, together = (
+        Potential.of_network(each, data, pf.Categorical(), batch_size=4, control_variate="value")
+        for each in (net, plain)
+    )
+    assert not turns._takes_batches_apart
+    assert together._takes_batches_apart
+    uniforms = torch.rand(3, 4, dtype=F64)
+    vectors = torch.randn(3, turns.space.size, dtype=F64)
+    for ours, theirs in zip(
+        turns.stochastic_value_and_gradient(vectors, uniforms),
+        together.stochastic_value_and_gradient(vectors, uniforms),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)

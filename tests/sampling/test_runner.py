@@ -59,6 +59,14 @@ def test_everything_has_its_shape():
     assert json.loads(json.dumps(chains.settings)) == RandomWalk().identity()
 
 
+def test_what_is_recorded_of_all_chains_is_that_of_each():
+    def of_all(parameters):
+        weights = parameters["layer.w"]
+        return {"double": 2 * weights, "sum": weights.sum(1)}
+
+    assert_same(run(record=both), run(record=runner.RecordAll(of_all)))
+
+
 @pytest.mark.statistical
 def test_draws_are_of_the_law():
     chains = run(num_draws=1000, num_warmup=200, num_chains=30)

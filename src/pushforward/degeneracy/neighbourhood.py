@@ -189,10 +189,26 @@ class Neighbourhood:
         """The same energy, on part of the data where there are many, for its curvature."""
         return self.potential.on_part(PROBED_EXAMPLES)
 
-    def squared_distance(self, parameters: Params) -> Float[Tensor, ""]:
-        """``|(w - w*) / s|^2`` of one set of parameters, ``()``; for `torch.func.vmap`."""
-        away = (self.potential.space.ravel(parameters) - self.centre) / self.scale
-        return away.square().sum(dtype=torch.float64)
+    def squared_distances(self, parameters: Params) -> Float[Tensor, " chains"]:
+        """``|(w - w*) / s|^2``.
+
+        Parameters
+        ----------
+        parameters
+            ``(chains, *shape)`` by name.
+
+        Returns
+        -------
+        Tensor
+            ``(chains,)`` float64.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.centre.device)
+        for name, at in self.potential.space.slices.items():
+            away = parameters[name].flatten(1) - self.centre[at]
+            if not self.euclidean:
+                away = away / self.scale[at]
+            total = total + away.square().sum(1, dtype=torch.float64)
+        return total
 
     def excess(
         self, potential: Float[Tensor, "*draws"], squared_distance: Float[Tensor, "*draws"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.func import vmap
 
 from pushforward.degeneracy.neighbourhood import Neighbourhood
 from pushforward.errors import SamplingError
@@ -18,7 +20,7 @@ from pushforward.sampling.chains import Chains
 from pushforward.sampling.hmc import HMC
 from pushforward.sampling.kernel import Kernel
 from pushforward.sampling.mala import MALA
-from pushforward.sampling.runner import sample
+from pushforward.sampling.runner import RecordAll, sample
 from pushforward.sampling.sgld import SGLD
 from pushforward.typing import Params
 
@@ -191,10 +193,10 @@ class Walk:
         num_chains = len(next(iter(start.values())))
 
         def record(parameters: Params) -> dict[str, Tensor]:
-            noted = {"squared_distance": around.squared_distance(parameters)}
+            noted = {"squared_distance": around.squared_distances(parameters)}
             if losses:
-                at_once = max(num_chains, 1)
-                noted["losses"] = around.potential.example_losses(parameters, at_once=at_once)
+                at_once = partial(around.potential.example_losses, at_once=num_chains)
+                noted["losses"] = vmap(at_once)(parameters)
             return noted
 
         chains = sample(
@@ -204,7 +206,7 @@ class Walk:
             num_warmup=warmup,
             thin=thin,
             initial=start,
-            record=record,
+            record=RecordAll(record),
             keep_parameters=False,
             seed=derived_seed(self.seed, name),
             checkpoint=None if self.checkpoint is None else Path(self.checkpoint) / name,

@@ -129,11 +129,9 @@ class NetworkPotential(Potential):
     ) -> Float[Tensor, "chains P"]:
         """Products with the Hessian; see `Potential.curvature_product`."""
         product = (self.prior_precision + self.localization) * vectors
-        # Fused kernels of attention have no second derivative.
-        with sdpa_kernel(SDPBackend.MATH):
-            for table in self._tables(len(points)):
-                part = curved(partial(self._loss_sum, table=table), points, vectors)
-                product = torch.add(product, part, alpha=self.inverse_temperature)
+        for table in self._tables(len(points)):
+            part = curved(partial(self._loss_sum, table=table), points, vectors)
+            product = torch.add(product, part, alpha=self.inverse_temperature)
         return product
 
     def stochastic_value_and_gradient(
@@ -352,7 +350,9 @@ class NetworkPotential(Potential):
         self, parameters: Params, inputs: Inputs, targets: Tensor | None
     ) -> Float[Tensor, " batch"]:
         assert targets is not None
-        outputs = self.model(parameters, inputs)
+        # Fused kernels of attention have no second derivative, and no way to run side by side.
+        with sdpa_kernel(SDPBackend.MATH):
+            outputs = self.model(parameters, inputs)
         if isinstance(self.loss, Likelihood):
             return -self.loss.log_prob(outputs, targets)
         return self.loss(outputs, targets)
@@ -366,8 +366,31 @@ class NetworkPotential(Potential):
 
     def _batch_loss_sum(self, vectors: Tensor, table: Table) -> Tensor:
         """Of examples that each chain has for itself, ``(chains,)``."""
-        found = vmap(self._losses)(self.space.unravel(vectors), table.inputs, table.targets)
-        return found.sum(-1, dtype=torch.float64)
+        parameters = self.space.unravel(vectors)
+        if self._takes_batches_apart:
+            found = vmap(self._losses)(parameters, table.inputs, table.targets)
+            return found.sum(-1, dtype=torch.float64)
+        parts = []
+        for chain in range(len(vectors)):
+            own = table.map(partial(_rows_of, chain=chain))
+            each = {name: value[chain] for name, value in parameters.items()}
+            parts.append(self._losses(each, own.inputs, own.targets).sum(dtype=torch.float64))
+        return torch.stack(parts)
+
+    @cached_property
+    def _takes_batches_apart(self) -> bool:
+        """Whether the network can run side by side on batches that differ."""
+        # Some look at the values of their inputs to decide what to do, such as whether a mask masks
+        # anything; their chains take turns.
+        batch = self.examples.select(torch.zeros(2, dtype=torch.long))
+        table = Table(batch.inputs, batch.targets).map(lambda column: column.unflatten(0, (2, 1)))
+        parameters = {k: p.expand(2, *p.shape) for k, p in self.model.parameters.items()}
+        try:
+            with torch.no_grad():
+                vmap(self._losses)(parameters, table.inputs, table.targets)
+        except RuntimeError as error:
+            return "data-dependent control flow" not in str(error)  # what else it is, a step says
+        return True
 
     def _regulariser(self, vectors: Tensor) -> Tensor:
         away = vectors - self.model.vector
@@ -447,6 +470,10 @@ def build_network_potential(
         control_variate,
         _WORKSPACE.get(model.device.type, 2**27) if workspace is None else workspace,
     )
+
+
+def _rows_of(column: Tensor, chain: int) -> Tensor:
+    return column[chain]
 
 
 def _rows(column: Tensor, start: int, stop: int) -> Tensor:

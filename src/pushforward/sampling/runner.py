@@ -24,12 +24,27 @@ from pushforward.sampling.kernel import Kernel, State
 from pushforward.sampling.noise import ChainNoise
 from pushforward.typing import Params
 
-__all__ = ["Initial", "Record", "sample"]
+__all__ = ["Initial", "Record", "RecordAll", "sample"]
 
 Initial: TypeAlias = nn.Module | Mapping[str, Tensor]
 """Where chains begin: a network, or tensors by name, with or without a leading axis of chains."""
 
-Record: TypeAlias = Callable[[Params], Tensor | Mapping[str, Tensor]]
+
+@dataclass(frozen=True)
+class RecordAll:
+    """What to note of the draws of all chains at once, which saves what `torch.func.vmap` costs.
+
+    Parameters
+    ----------
+    function
+        From parameters ``(chains, *shape)`` by name to tensors ``(chains, ...)`` by name, each row
+        of its own chain alone.
+    """
+
+    function: Callable[[Params], Mapping[str, Tensor]]
+
+
+Record: TypeAlias = Callable[[Params], Tensor | Mapping[str, Tensor]] | RecordAll
 """What to note of every draw: from one draw's parameters to a tensor, or to several by name."""
 
 _SAVE_EVERY = 30.0  # seconds
@@ -76,7 +91,8 @@ def sample(
         is one, so that chains begin apart.
     record
         A function of one draw's parameters, such as ``lambda p: model(p, x_test)``, evaluated at
-        every draw and returned as `Chains.observations`. It may return a mapping of tensors.
+        every draw and returned as `Chains.observations`. It may return a mapping of tensors; a
+        `RecordAll` takes all chains at once.
     keep_parameters
         False keeps their means and variances, and what `record` returned, but not the draws.
     chunk_size
@@ -364,6 +380,8 @@ class _Run:
     def _recorded(self, vectors: Tensor) -> Mapping[str, Tensor]:
         if self.record is None:
             return {}
+        if isinstance(self.record, RecordAll):
+            return self.record.function(self.kernel.space.unravel(vectors))
         try:
             found = vmap(self.record)(self.kernel.space.unravel(vectors))
         except PushforwardError:
