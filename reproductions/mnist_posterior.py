@@ -88,7 +88,7 @@ class MnistPosterior:
 
 
 def build(network: str) -> nn.Sequential:
-    """The network of the paper, without weights worth having.
+    """The network of the paper; its weights are all zero.
 
     Returns
     -------
@@ -96,14 +96,18 @@ def build(network: str) -> nn.Sequential:
         From ``(B, 1, 28, 28)`` to ``(B, 10)``.
     """
     if network == "mlp":
-        return nn.Sequential(nn.Flatten(), nn.Linear(784, 12), nn.ReLU(), nn.Linear(12, 10))
-    return nn.Sequential(
-        nn.Conv2d(1, 2, 4, stride=2),
-        nn.AvgPool2d(2),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(72, 10),
-    )
+        net = nn.Sequential(nn.Flatten(), nn.Linear(784, 12), nn.ReLU(), nn.Linear(12, 10))
+    else:
+        net = nn.Sequential(
+            nn.Conv2d(1, 2, 4, stride=2),
+            nn.AvgPool2d(2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(72, 10),
+        )
+    for parameter in net.parameters():  # a checkpoint knows the network it belongs to
+        nn.init.zeros_(parameter)
+    return net
 
 
 def run(options: MnistPosterior) -> dict[str, Any]:
