@@ -119,7 +119,7 @@ def test_a_summary_in_words(found):
         "cost: ",
     ):
         assert part in text
-    assert all(len(line) < 200 for line in text.splitlines())
+    assert all(len(line) < 320 for line in text.splitlines())
     assert _ADVICE["OK"] not in text
 
 

@@ -183,7 +183,7 @@ def test_fluctuations_tell_what_the_spring_does(posterior):
 
 @pytest.mark.parametrize("metric", ["euclidean", "layerwise"])
 @pytest.mark.parametrize("localization", [0.1, 30.0])
-def test_the_quadratic_coefficient_is_that_of_the_dense_hessian(metric, localization):
+def test_the_quadratic_coefficient_is_that_of_the_dense_hessian(monkeypatch, metric, localization):
     net, data = relu_network()
     around = neighbourhood(net, data, metric=metric, localization=localization)
     scaled = around.scale[:, None] * hessian_of(around) * around.scale
@@ -191,6 +191,11 @@ def test_the_quadratic_coefficient_is_that_of_the_dense_hessian(metric, localiza
     curvatures = curvatures.clamp(min=0)
     exact = quadratic(curvatures, 1.0, localization)
     share = 0.5 * localization * curvatures / (curvatures + localization).square()
+    value, effect = quadratic_answer(around, 0)
+    assert value.value == pytest.approx(exact, rel=1e-6)
+    assert effect.value == pytest.approx(-float(share.sum()), rel=1e-6)
+    assert value.standard_error == effect.standard_error == 0
+    monkeypatch.setattr("pushforward.degeneracy.evidence._EXACT_PARAMETERS", 0)
     found = [quadratic_answer(around, seed) for seed in range(30)]
     assert quadratic_coefficient(around, 0) == found[0][0]
     for which, expected in ((0, exact), (1, -float(share.sum()))):

@@ -99,12 +99,14 @@ def test_the_sampler_is_exact_where_that_is_cheap(monkeypatch):
     assert Settings().sampler_for(around) == "hmc"
     for name in ("langevin", "sgld", "hmc", "mala"):
         assert Settings(sampler=name).sampler_for(around) == name
-    for limit, count in (("_HMC_PARAMETERS", 4), ("_HMC_EXAMPLES", 100)):
+    for limit, count in (("_HMC_PARAMETERS", 4), ("_HMC_SIZE", 400)):
         with monkeypatch.context() as patched:
             patched.setattr(module, limit, count)
             assert Settings().sampler_for(around) == "hmc"
             patched.setattr(module, limit, count - 1)
             assert Settings().sampler_for(around) == "langevin"
+    assert Settings(batch_size=10).sampler_for(around) == "langevin"
+    assert Settings(step_size=0.1).sampler_for(around) == "langevin"
 
 
 def test_options_reach_the_neighbourhood():

@@ -1,5 +1,6 @@
 """Every verdict, from numbers that call for it and from runs that deserve it."""
 
+from dataclasses import replace
 from itertools import product
 from math import inf, nan
 
@@ -25,8 +26,11 @@ ORDER = ("DEAD_CHAINS", "NOT_A_MINIMUM", "STEP_TOO_LARGE", "NOT_EQUILIBRATED")
 GOOD = Agreement(2.0, 0.1, 200.0, 1.01, 0.05, 0.1)
 
 
-def agreed(**changed):
-    return equilibrium_check(Agreement(**(vars(GOOD) | changed)))
+BALANCED = Measured(100.0, 1.0)
+
+
+def agreed(distance=GOOD, balance=BALANCED, **changed):
+    return equilibrium_check(Agreement(**(vars(GOOD) | changed)), distance, balance, 100)
 
 
 def two(coarse, fine, error=0.1):
@@ -74,10 +78,11 @@ def test_chains_that_were_lost_are_counted():
     [
         (2.0, 0.1, 0.0, 0.0, "pass"),
         (2.0, 0.1, 0.05, 0.0, "pass"),
-        (2.0, 0.1, 0.06, 0.0, "fail"),
+        (2.0, 0.1, 0.06, -0.3, "fail"),
         (-1.0, 0.6, 0.0, 0.0, "pass"),  # within two errors of what is allowed
         (-1.0, 0.4, 0.0, 0.0, "fail"),
         (-80.0, 0.4, 1.0, -90.0, "fail"),
+        (2.0, 0.1, 0.9, -0.1, "pass"),  # draws below, where that changes nothing
         (2.0, 0.1, 0.0, -0.49, "pass"),
         (2.0, 0.1, 0.0, -0.51, "warn"),
         (2.0, 0.3, 0.0, -0.59, "pass"),
@@ -143,6 +148,12 @@ def test_a_metropolis_test_needs_no_second_run_but_has_to_move(acceptance, statu
         ({"drift": 0.29}, "pass"),
         ({"drift": -0.31}, "fail"),
         ({"drift": nan, "drift_error": nan}, "fail"),
+        ({"distance": replace(GOOD, r_hat=1.19)}, "pass"),
+        ({"distance": replace(GOOD, r_hat=1.21)}, "fail"),
+        ({"balance": Measured(113.0, 1.0)}, "pass"),
+        ({"balance": Measured(115.0, 1.0)}, "fail"),
+        ({"balance": Measured(85.0, 1.0)}, "fail"),
+        ({"balance": Measured(85.0, 2.0)}, "pass"),
     ],
 )
 def test_chains_that_are_still_on_their_way(changed, status):
@@ -193,7 +204,7 @@ def status_of(found):
 
 def test_a_quadratic_is_fine():
     net, data, _ = regression()
-    found = estimate(net, data, sampler="langevin", num_draws=100, num_chains=16)
+    found = estimate(net, data, sampler="langevin", num_draws=1000, num_chains=16)
     assert found.verdict == "OK"
     assert found.status in {"pass", "warn"}
 

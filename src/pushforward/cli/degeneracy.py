@@ -68,7 +68,7 @@ class Degeneracy:
         multiplying one layer and dividing the next by a number changes nothing.
     sampler
         langevin and sgld use minibatches; hmc and mala all data in every step. auto: hmc for up to
-        10,000 parameters and as many examples, else langevin.
+        10,000 parameters, and ten million parameters times examples, else langevin.
     chains
         How many run side by side, from the weights.
     draws

@@ -33,6 +33,10 @@ _SHRINK = 8.0  # when a chain was lost
 _RESOLVED = 10  # relaxation times of the slowest direction in the draws of a chain
 _CHAINS_PROBED = 4
 _FEWEST_WARMUP = 100
+# Expected bias by minibatches, relative to the coefficient, from which gradients are corrected, and
+# from which, corrected, steps are made smaller.
+_LOUD, _TOO_LOUD = 0.05, 0.1
+_MOST_SHRINKING = 1 / 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,12 +114,13 @@ def calibrate(
         start = pilots if found is None else found.survivors()
         found = walk.attempt(f"pilot-{turn}", steps=_PILOT_STEPS, start=start, step_size=step)
         there = torch.nan if found is None else _largest(walk, found.positions, generator) - gamma
-        if not isfinite(there):
+        if found is None or not isfinite(there):
             if step_size is not None:
                 break
             largest, found = _SHRINK * max(largest, gamma), None
         elif step_size is not None or there <= _AGREE * largest + gamma:
-            return Calibration(walk, step, max(there, largest) + gamma)
+            found_here = Calibration(walk, step, max(there, largest) + gamma)
+            return _quieted(found_here, found, step_size is None, num_draws if localize else None)
         else:
             largest = there
     raise SamplingError(
@@ -125,6 +130,33 @@ def calibrate(
         advice="Give a smaller step_size or a larger localization, and look at the loss: it has to "
         "be bounded from below.",
     )
+
+
+def _quieted(
+    found: Calibration, pilot: Walked, may_shrink: bool, num_draws: int | None
+) -> Calibration:
+    """Less gradient noise where minibatches would heat the chains by much.
+
+    First by correcting gradients by those of the same examples at ``w*``, which doubles the price
+    of a step; then by smaller steps, with a stronger spring if that was ours to choose.
+
+    Returns
+    -------
+    Calibration
+        The same where there is nothing to do.
+    """
+    walk, step = found.walk, found.step_size
+    level = max(float(pilot.excess[:, -1].mean()), 1.0)
+    if not walk.around.potential.batch_uniforms or step_bias(walk, pilot, step) < _LOUD * level:
+        return found
+    walk = replace(walk, around=walk.around.corrected())
+    bias = step_bias(walk, pilot, step)
+    if may_shrink and bias > _TOO_LOUD * level:
+        step *= max(_TOO_LOUD * level / bias, _MOST_SHRINKING)
+        if num_draws is not None:
+            gamma = max(walk.around.localization, 2 * _RESOLVED / (step * num_draws))
+            walk = replace(walk, around=walk.around.localized(gamma))
+    return Calibration(walk, step, found.curvature)
 
 
 def relaxation_steps(localization: float, step_size: float, *, most: int) -> int:
@@ -189,7 +221,8 @@ def step_bias(walk: Walk, found: Walked, step_size: float) -> float:
 
     On directions of curvature ``a = n beta h + gamma`` the plain scheme multiplies a variance by
     ``1 / (1 - eps a / 4)``, which adds ``eps n beta tr(H) / 8``; minibatches whose gradient noise
-    has variance ``s^2`` multiply it by ``1 + eps s^2 / 4``, which adds at most ``eps sum s^2 / 8``.
+    has variance ``s^2`` multiply it by ``1 + eps s^2 / 4`` besides, which adds at most
+    ``eps sum s^2 / 8`` where ``eps a`` is small, up to ``1 / (1 - eps a / 4)`` times that else.
 
     Parameters
     ----------
@@ -228,7 +261,8 @@ def step_bias(walk: Walk, found: Walked, step_size: float) -> float:
         )
         first, second = (around.potential.stochastic_gradient(positions, u) for u in uniforms)
         noise = (around.scale * (first - second)).square().sum(1, dtype=torch.float64) / 2
-        bias += step_size * float(noise.mean()) / 8
+        # Noise is amplified like everything else where the step is not short.
+        bias += step_size * float(noise.mean()) / 8 / (1 - _AIMS[walk.sampler] / 4)
     return bias
 
 

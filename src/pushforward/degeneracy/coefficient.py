@@ -87,6 +87,9 @@ class LearningCoefficient(Estimate):
         Of the excess loss.
     drift
         Second half of the main run minus the first.
+    virial
+        Mean of ``(w - w*) . grad U`` where the chains ended: the number of parameters in
+        equilibrium.
     runs
         The coefficient at step sizes ``eps`` and ``eps / 2``, before extrapolation.
     expected_bias
@@ -135,6 +138,7 @@ class LearningCoefficient(Estimate):
     r_hat: float
     effective_draws: float
     drift: Measured
+    virial: Measured
     runs: tuple[Measured, ...]
     expected_bias: float
     acceptance: float

@@ -21,6 +21,7 @@ from pushforward.degeneracy.evidence import (
     quadratic_answer,
     singular_fluctuation,
     slope_effect,
+    virial,
     waic,
 )
 from pushforward.degeneracy.neighbourhood import Metric, Neighbourhood
@@ -91,16 +92,18 @@ def learning_coefficient(
         ``n beta``. Default ``n / ln n``, with ``n`` the size of the data set whatever the batch.
     localization
         ``gamma``, of the spring that holds chains near ``w*``. Directions whose curvature is below
-        ``gamma / (n beta)`` do not count. Default: the weakest, from 1 on, for which even flat
-        directions relax ten times in a run. Give one number to compare networks.
+        ``gamma / (n beta)`` do not count. Default: 1 for HMC and MALA; else the weakest, from 1 on,
+        for which even flat directions relax ten times in a run. Give one number to compare
+        networks.
     metric
         ``"euclidean"``, or ``"layerwise"``: distances and steps are taken in units of one scale for
         each tensor, the inverse root of its curvature. Multiplying a layer by a number and dividing
         the next by it then changes nothing, and `localization` is relative to the weights.
     sampler
         ``"langevin"``: minibatches, SGLD with averaged noise. ``"sgld"``: plain SGLD, as published.
-        ``"hmc"``, ``"mala"``: exact, on all data. Default: HMC for up to 10,000 parameters and as
-        many examples, else Langevin.
+        ``"hmc"``, ``"mala"``: exact, on all data. Default: HMC for up to 10,000 parameters if
+        parameters times examples are at most ten million and neither `batch_size` nor `step_size`
+        is given; else Langevin.
     num_chains
         Chains, side by side.
     num_draws
@@ -223,11 +226,13 @@ def coefficient_of(runs: Runs, seed: int, seconds: float) -> LearningCoefficient
     if quadratic_effect is not None and effect.standard_error > _VAGUE * abs(value):
         effect = quadratic_effect
     accepted = _acceptance(runs, seed)
+    distance = agreement(main.squared_distance[alive])
+    balance = virial(around, main.positions[alive])
     checks = (
         alive_check(dead, runs.started),
         minimum_check(measured, below, slope),
         metropolis_check(accepted) if walk.learns else step_check(measured, value, sharpest),
-        equilibrium_check(coarse),
+        equilibrium_check(coarse, distance, balance, around.num_parameters),
     )
     logarithms = losses if around.logarithms else None
     walked = (*runs.warmups, main) if spaced is main else (*runs.warmups, main, spaced)
@@ -260,6 +265,7 @@ def coefficient_of(runs: Runs, seed: int, seconds: float) -> LearningCoefficient
         r_hat=coarse.r_hat,
         effective_draws=coarse.effective_draws,
         drift=Measured(coarse.drift, coarse.drift_error),
+        virial=balance,
         runs=tuple(measured),
         expected_bias=bias,
         acceptance=accepted,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import log
+from math import log, sqrt
 
 import torch
 from jaxtyping import Float
@@ -23,11 +23,14 @@ __all__ = [
     "quadratic_coefficient",
     "singular_fluctuation",
     "slope_effect",
+    "virial",
     "waic",
 ]
 
-_WARMER = 1.2  # ratio of the two temperatures
+_WARMER = 1.2  # largest ratio of the two temperatures
 _PROBES = 4
+_MANY_PARAMETERS = 100_000
+_EXACT_PARAMETERS = 64
 _BELOW = 0.999  # the spring's curvature, so that rounding leaves it below all others
 _LANCZOS_STEPS = 24
 _PROPOSALS = 4  # of every chain
@@ -56,10 +59,14 @@ def crosschecks(losses: Float[Tensor, "chain draw"], around: Neighbourhood) -> d
     if losses.shape[0] < 2 or losses.shape[1] < 2:
         return {}
 
+    # A ratio of temperatures that leaves the weights of reweighting about equal.
+    spread = float((around.nbeta * losses).std())
+    more = min(_WARMER - 1, 1 / max(spread, 1e-30))
+
     def two_temperatures(part: Tensor) -> Tensor:
         energy = around.nbeta * part.flatten()
-        weights = torch.softmax(-(_WARMER - 1) * energy, 0)
-        return (energy.mean() - (weights * energy).sum()) / (1 - 1 / _WARMER)
+        weights = torch.softmax(-more * energy, 0)
+        return (energy.mean() - (weights * energy).sum()) * (1 + more) / more
 
     def variance(part: Tensor) -> Tensor:
         return (around.nbeta * part.flatten()).var()
@@ -130,8 +137,8 @@ def quadratic_answer(around: Neighbourhood, seed: int) -> tuple[Measured, Measur
     """``1/2 sum_i n beta h_i / (n beta h_i + gamma)``, over the curvatures at ``w*``.
 
     MacKay's effective number of parameters, halved: what the coefficient is when the loss is
-    quadratic. By stochastic Lanczos quadrature of the Hessian of the energy, on part of the data
-    where there are many.
+    quadratic. By stochastic Lanczos quadrature of the Hessian of the energy on all data (on part of
+    them it would have noise that looks like curvature); exact for up to 64 parameters.
 
     Parameters
     ----------
@@ -148,22 +155,27 @@ def quadratic_answer(around: Neighbourhood, seed: int) -> tuple[Measured, Measur
         curvature count as flat.
     """
     generator = stream(seed, "quadratic")
-    signs = torch.randint(2, (_PROBES, around.num_parameters), generator=generator) * 2 - 1
-    probes, gamma = signs.to(around.centre), around.localization
-    points = around.centre.expand(_PROBES, -1)
+    size, gamma, whole_data = around.num_parameters, around.localization, around.on_all_data
+    if size <= _EXACT_PARAMETERS:
+        probes = torch.eye(size).to(around.centre)
+    else:
+        count = _PROBES if size < _MANY_PARAMETERS else _PROBES // 2
+        probes = (torch.randint(2, (count, size), generator=generator) * 2 - 1).to(around.centre)
+    points = around.centre.expand(len(probes), -1)
 
     def product(vectors: Tensor) -> Tensor:
-        inner = around.probed.curvature_product(points, around.scale * vectors)
-        return around.scale * inner
+        return around.scale * whole_data.curvature_product(points, around.scale * vectors)
 
-    steps = min(_LANCZOS_STEPS, around.num_parameters)
+    exact = len(probes) == size
+    steps = size if exact else min(_LANCZOS_STEPS, size)
     diagonals, beside = tridiagonalise(product, probes, steps)
     half, whole = (
         _held_by_the_loss(diagonals[:, :count], beside[:, :count], gamma) * around.num_parameters
         for count in (max(1, steps // 2), steps)
     )
-    cut = (whole - half).mean(1).square() if steps < around.num_parameters else 0.0
-    error = (whole.var(1) / _PROBES + cut).sqrt()
+    error = (whole.var(1) / len(probes) + (whole - half).mean(1).square()).sqrt()
+    if exact:
+        error = torch.zeros_like(error)
     value, slope = (
         Measured(float(mean), float(each)) for mean, each in zip(whole.mean(1), error, strict=True)
     )
@@ -222,16 +234,16 @@ def slope_effect(around: Neighbourhood) -> float:
     Returns
     -------
     float
-        In units of the coefficient; on part of the data where there are many.
+        In units of the coefficient.
     """
-    gamma, centre = around.localization, around.centre[None]
-    _, gradient = around.probed.value_and_gradient(centre)
+    gamma, centre, whole_data = around.localization, around.centre[None], around.on_all_data
+    _, gradient = whole_data.value_and_gradient(centre)
     start = around.scale * gradient
     if not bool((start != 0).any()):
         return 0.0
 
     def product(vectors: Tensor) -> Tensor:
-        return around.scale * around.probed.curvature_product(centre, around.scale * vectors)
+        return around.scale * whole_data.curvature_product(centre, around.scale * vectors)
 
     def effect(curvatures: Tensor) -> Tensor:
         held = curvatures.clamp(min=gamma)
@@ -240,6 +252,31 @@ def slope_effect(around: Neighbourhood) -> float:
     steps = min(_LANCZOS_STEPS, around.num_parameters)
     nodes, weights = quadrature(*tridiagonalise(product, start, steps), lowest=_BELOW * gamma)
     return float(start.double().square().sum() * (weights * effect(nodes)).sum())
+
+
+def virial(around: Neighbourhood, positions: Float[Tensor, "chains P"]) -> Measured:
+    """``(w - w*) . grad U``, whose mean is the number of parameters in equilibrium.
+
+    That holds for every law that vanishes far away, by integration by parts, and it is about all
+    directions, where the loss forgets those that are flat.
+
+    Parameters
+    ----------
+    around
+        The neighbourhood.
+    positions
+        ``(chains, P)``, finite.
+
+    Returns
+    -------
+    Measured
+        With an error from chains, no smaller than that of a quadratic.
+    """
+    _, gradient = around.on_all_data.value_and_gradient(positions)
+    values = ((positions - around.centre) * gradient).sum(1, dtype=torch.float64)
+    count, size = len(values), around.num_parameters
+    spread = float(values.std()) if count > 1 else 0.0
+    return Measured(float(values.mean()), max(spread, sqrt(2 * size)) / sqrt(count))
 
 
 def acceptance(

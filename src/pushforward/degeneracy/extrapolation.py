@@ -247,9 +247,11 @@ def _assembled(
         ),
         Check(
             "curve",
-            "pass" if good else "warn",
+            "pass" if good else "fail",
             f"chi^2 {fit.chi_squared:.3g} on {fit.degrees_of_freedom} degrees of freedom",
-            "" if good else "Leave out the lowest n beta, or take more draws.",
+            ""
+            if good
+            else "They tend to no limit yet: leave out the lowest n beta, or go further.",
         ),
     )
     return ExtrapolatedCoefficient(

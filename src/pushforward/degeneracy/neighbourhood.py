@@ -29,6 +29,7 @@ __all__ = ["Metric", "Neighbourhood", "default_nbeta"]
 Metric: TypeAlias = Literal["euclidean", "layerwise"]
 
 _DEFAULT_BATCH = 256
+_NO_SLOPE = 1e-3  # relative to that one unit away
 _PROBES = 4  # of the trace of each tensor's curvature
 PROBED_EXAMPLES = 2048  # that stand for all where curvature is measured
 
@@ -154,6 +155,18 @@ class Neighbourhood:
         potential = self.potential.localized(localization / self.scale.square())
         return replace(self, potential=potential, localization=localization)
 
+    def corrected(self) -> Neighbourhood:
+        """The same with stochastic gradients that are corrected by those at ``w*``.
+
+        Returns
+        -------
+        Neighbourhood
+            Of the same law.
+        """
+        potential = replace(self.potential, control_variate="gradient")
+        potential.keep(self.potential)
+        return replace(self, potential=potential)
+
     @property
     def centre(self) -> Float[Tensor, " P"]:
         """``w*``."""
@@ -183,6 +196,13 @@ class Neighbourhood:
     def initial_loss(self) -> float:
         """``L(w*)``, a mean over all examples."""
         return float(self.potential.anchor_losses.mean())
+
+    @cached_property
+    def on_all_data(self) -> NetworkPotential:
+        """The same energy without minibatches."""
+        found = replace(self.potential, batch_size=None)
+        found.keep(self.potential)
+        return found
 
     @cached_property
     def probed(self) -> NetworkPotential:
@@ -267,7 +287,10 @@ def _realised(
         return own, _soft_cross_entropy
     if isinstance(loss, Bernoulli):
         return own, _soft_binary_cross_entropy
-    if isinstance(loss, Gaussian) or not isinstance(loss, Likelihood):
+    if isinstance(loss, Gaussian):
+        return own, loss
+    if not isinstance(loss, Likelihood):
+        _check_own_targets(loss, outputs)
         return own, loss
     raise OptionError(
         f"{type(loss).__name__} has no expected loss under the network's own predictions",
@@ -275,6 +298,23 @@ def _realised(
         advice="Take a Gaussian, Categorical or Bernoulli likelihood, or give the outputs as "
         "targets and a loss of your own.",
     )
+
+
+def _check_own_targets(loss: Loss, outputs: Tensor) -> None:
+    """Refuse a loss that does not take outputs for targets, as one of logits and labels."""
+    some = outputs[:64]
+    moved = some.clone().requires_grad_()
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(loss(moved, some).sum(), moved)
+    there = (some + 1).requires_grad_()
+    with torch.enable_grad():
+        (usual,) = torch.autograd.grad(loss(there, some).sum(), there)
+    if float(slope.abs().max()) > _NO_SLOPE * float(usual.abs().max()):
+        raise OptionError(
+            "the loss is not smallest where the outputs equal the targets",
+            where="realisable",
+            advice="Give a likelihood such as pf.Categorical(), or a loss of outputs and outputs.",
+        )
 
 
 def _soft_cross_entropy(outputs: Tensor, logits: Tensor) -> Float[Tensor, " batch"]:

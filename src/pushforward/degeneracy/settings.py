@@ -22,7 +22,7 @@ SamplerChoice: TypeAlias = Literal["auto", "langevin", "sgld", "hmc", "mala"]
 
 _DEFAULT_DRAWS = {"langevin": 2000, "sgld": 2000, "hmc": 300, "mala": 2000}
 _HMC_PARAMETERS = 10_000
-_HMC_EXAMPLES = 10_000
+_HMC_SIZE = 10_000_000  # parameters times examples: some minutes on a core
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,10 @@ class Settings:
         """
         if self.sampler != "auto":
             return self.sampler
-        few = around.num_parameters <= _HMC_PARAMETERS and around.num_examples <= _HMC_EXAMPLES
+        if self.batch_size is not None or self.fixed_step is not None:  # which are its options
+            return "langevin"
+        size = around.num_parameters * around.num_examples
+        few = around.num_parameters <= _HMC_PARAMETERS and size <= _HMC_SIZE
         return "hmc" if few else "langevin"
 
     def draws_of(self, sampler: SamplerName) -> int:

@@ -23,11 +23,14 @@ __all__ = [
 _UNSTABLE = 3.0  # step size times curvature; 4 is the edge
 _CHANGES = 0.1  # of the value, by halving the step size
 _LARGEST_R_HAT = 1.1
+_LARGEST_R_HAT_OF_DISTANCE = 1.2
 _FEWEST_EFFECTIVE = 50
 _NOTHING = 1e-6  # of the value: rounding
+_UNBALANCED = 0.1  # of the number of parameters, that the virial may miss
 _STUCK = 0.01  # acceptance
 _SPRING = 0.5  # change of the logarithm of the value by that of the localisation
 _SLOPE = 0.25  # of the value, that the gradient may account for
+_MATTERS = 0.1
 _BELOW = 0.05  # share of draws that may have a smaller loss than w*
 
 _MEANS: dict[str, Verdict] = {
@@ -62,7 +65,9 @@ def minimum_check(runs: Sequence[Measured], below: float, slope: float) -> Check
         f"{100 * below:.2g} % of the draws have a smaller loss than the network itself; its "
         f"slope takes {0.0 - slope:.2g} from the value, if the loss is quadratic"
     )
-    if all(run.value + 2 * run.standard_error < 0 for run in runs) or below > _BELOW:
+    # A weight that is a little off its minimum has draws below it, and changes nothing.
+    matters = -slope > _MATTERS * abs(value)
+    if all(run.value + 2 * run.standard_error < 0 for run in runs) or (below > _BELOW and matters):
         advice = "The network is not at a minimum at this temperature: train on."
         return Check("at-a-minimum", "fail", detail, advice)
     if -slope > max(2 * error, _SLOPE * abs(value)):
@@ -90,15 +95,26 @@ def step_check(runs: Sequence[Measured], value: float, sharpest: float) -> Check
     return _check("step-size", good, detail, "Take a smaller step size.")
 
 
-def equilibrium_check(found: Agreement) -> Check:
-    """Whether chains agree and have stopped drifting."""
+def equilibrium_check(
+    found: Agreement, distance: Agreement, balance: Measured, num_parameters: int
+) -> Check:
+    """Whether chains agree, have stopped drifting, and are balanced in all directions."""
+    missing = abs(balance.value - num_parameters)
+    balanced = not missing > 4 * balance.standard_error + _UNBALANCED * num_parameters
+    # Flat directions, which the loss forgets, show in the distance from the weights and the virial.
+    balanced &= not distance.r_hat > _LARGEST_R_HAT_OF_DISTANCE
     mixed = not found.r_hat > _LARGEST_R_HAT and not found.effective_draws < _FEWEST_EFFECTIVE
     detail = (
         f"second half minus first {found.drift:.3g} ± {found.drift_error:.2g}, R-hat "
-        f"{found.r_hat:.3f}, {found.effective_draws:.0f} effective draws"
+        f"{found.r_hat:.3f}, {found.effective_draws:.0f} effective draws, "
+        f"R-hat {distance.r_hat:.3f} of the distance from the weights, "
+        f"virial {balance.value:.4g} ± {balance.standard_error:.2g} of {num_parameters:,}"
     )
     return _check(
-        "equilibrated", mixed and found.settled, detail, "Take more draws or more localization."
+        "equilibrated",
+        mixed and found.settled and balanced,
+        detail,
+        "Take more draws or more localization.",
     )
 
 

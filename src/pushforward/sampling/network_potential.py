@@ -36,6 +36,7 @@ from pushforward.typing import Params
 __all__ = ["NetworkPotential", "build_network_potential"]
 
 _WORKSPACE = {"cpu": 2**25, "cuda": 2**30}  # bytes of activations: what caches hold
+_MEASURED = ("_held", "activation_bytes", "anchor_losses", "_anchor_gradient")
 _HELD_BYTES = 2**31  # data up to this size stay on the device
 
 
@@ -206,10 +207,14 @@ class NetworkPotential(Potential):
         found = replace(
             self, localization=_localizations(self.space, localization).to(self.model.vector)
         )
-        for name in ("_held", "activation_bytes", "anchor_losses", "_anchor_gradient"):
-            if name in self.__dict__:
-                found.__dict__[name] = self.__dict__[name]
+        found.keep(self)
         return found
+
+    def keep(self, other: NetworkPotential) -> None:
+        """Take over what another potential of the same network and data has read and measured."""
+        for name in _MEASURED:
+            if name in other.__dict__:
+                self.__dict__[name] = other.__dict__[name]
 
     def on_part(self, count: int) -> NetworkPotential:
         """The same energy estimated from examples spread evenly over the data, without minibatches.
