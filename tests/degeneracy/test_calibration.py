@@ -253,6 +253,6 @@ def test_noisy_gradients_are_corrected(noise, corrected):
     with torch.no_grad():
         y = net(x) + noise * draws(2000, 1, seed=5)
         net[0].weight.copy_(torch.linalg.lstsq(x, y).solution.T)
-    walk = walk_of(net, (x, y), "langevin", batch_size=16, localization=1.0)
+    walk = walk_of(net, (x, y), "langevin", batch_size=256, localization=1.0)
     found = calibrate(walk, num_chains=4, num_draws=1000, step_size=None, localize=False)
     assert found.walk.around.potential.control_variate == corrected
