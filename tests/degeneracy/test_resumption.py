@@ -91,7 +91,12 @@ def test_ctrl_c_ends_it(after, monkeypatch):
 
 def test_a_finished_run_is_read(tmp_path, monkeypatch):
     expected = short("sgld", checkpoint=tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["main-0", "spaced", "warmup-0"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "main-0",
+        "spaced",
+        "state.safetensors",
+        "warmup-0",
+    ]
     before = interrupted(monkeypatch, SGLD, -1, Crash, lambda: short("sgld"))
     after = interrupted(monkeypatch, SGLD, -1, Crash, lambda: short("sgld", checkpoint=tmp_path))
     assert after == before - (30 + 20 + 2 + 20) == 60  # a pilot, which is not kept
@@ -107,7 +112,7 @@ def test_a_finished_run_is_read(tmp_path, monkeypatch):
         ({"nbeta": 3.0}, "inverse_temperature was"),
         ({"num_chains": 5}, "num_chains was 4 and is 5"),
         ({"batch_size": 9}, "batch_size was"),
-        ({"metric": "layerwise"}, "preconditioner was"),
+        ({"metric": "layerwise"}, "metric was"),
     ],
 )
 def test_checkpoints_of_other_computations_are_refused(changed, message, finished):
@@ -142,3 +147,11 @@ def test_chunks_do_not_matter(monkeypatch):
     found = short("sgld")
     torch.testing.assert_close(found.excess, expected.excess, rtol=1e-9, atol=1e-9)
     assert float(found) == pytest.approx(float(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("changed", [{"num_warmup": 40}, {"num_draws": 16}, {"nbeta": 7.0}])
+def test_a_call_that_is_refused_leaves_the_folder_as_it_was(tmp_path, changed):
+    before = short("langevin", checkpoint=tmp_path)
+    with pytest.raises(WeightsError, match=next(iter(changed)) + "|temperature"):
+        short("langevin", checkpoint=tmp_path, **changed)
+    assert same(short("langevin", checkpoint=tmp_path), before)

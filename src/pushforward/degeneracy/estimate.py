@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import asdict
 from math import sqrt
 from time import perf_counter
 from typing import Any, Literal
@@ -41,6 +42,7 @@ from pushforward.degeneracy.walk import Walk
 from pushforward.networks.likelihoods import Likelihood
 from pushforward.networks.model import FunctionalModel
 from pushforward.runs.estimate import Cost
+from pushforward.runs.store import Checkpoint, fingerprint
 from pushforward.sampling.potential import Loss
 
 __all__ = ["coefficient_of", "learning_coefficient"]
@@ -145,6 +147,8 @@ def learning_coefficient(
         When targets do not fit the outputs.
     SamplingError
         When no chain stays finite.
+    WeightsError
+        When the checkpoint is of another computation.
 
     Notes
     -----
@@ -179,8 +183,31 @@ def learning_coefficient(
     around = settings.neighbourhood(
         net, data, loss, subset=subset, realisable=realisable, seed=seed
     )
+    if checkpoint is not None:
+        _claim(checkpoint, around, settings, seed)
     walk = Walk(around, settings.sampler_for(around), seed, checkpoint, progress)
     return coefficient_of(walk_through(walk, settings), seed, perf_counter() - began)
+
+
+def _claim(
+    folder: str | os.PathLike[str], around: Neighbourhood, settings: Settings, seed: int
+) -> None:
+    """Refuse the folder of another computation before any of its runs is touched.
+
+    Raises
+    ------
+    WeightsError
+        When it is of another network, data or settings.
+    """
+    identity = {
+        "settings": asdict(settings),
+        "seed": seed,
+        "metric": fingerprint({"scale": around.scale}),
+        "law": around.potential.identity(),
+    }
+    store = Checkpoint(folder, identity)
+    if store.load() is None:
+        store.save({"initial_loss": torch.tensor(around.initial_loss)}, {})
 
 
 def coefficient_of(runs: Runs, seed: int, seconds: float) -> LearningCoefficient:

@@ -173,9 +173,9 @@ def quadratic_answer(around: Neighbourhood, seed: int) -> tuple[Measured, Measur
         _held_by_the_loss(diagonals[:, :count], beside[:, :count], gamma) * around.num_parameters
         for count in (max(1, steps // 2), steps)
     )
-    error = (whole.var(1) / len(probes) + (whole - half).mean(1).square()).sqrt()
-    if exact:
-        error = torch.zeros_like(error)
+    error = torch.zeros(2, dtype=torch.float64)
+    if not exact:
+        error = (whole.var(1) / len(probes) + (whole - half).mean(1).square()).sqrt()
     value, slope = (
         Measured(float(mean), float(each)) for mean, each in zip(whole.mean(1), error, strict=True)
     )
