@@ -388,7 +388,8 @@ class NetworkPotential(Potential):
         # Some look at the values of their inputs to decide what to do, such as whether a mask masks
         # anything; their chains take turns.
         batch = self.examples.select(torch.zeros(2, dtype=torch.long))
-        table = Table(batch.inputs, batch.targets).map(lambda column: column.unflatten(0, (2, 1)))
+        table = Table(batch.inputs, self._checked(batch.inputs, batch.targets))
+        table = table.map(lambda column: column.unflatten(0, (2, 1)))
         parameters = {k: p.expand(2, *p.shape) for k, p in self.model.parameters.items()}
         try:
             with torch.no_grad():
