@@ -385,6 +385,25 @@ def test_a_loader_is_its_tensors():
     torch.testing.assert_close(parts.potential.value(vectors), whole.potential.value(vectors))
 
 
+@pytest.mark.statistical
+@pytest.mark.parametrize("scaled_by", [0.5, 1.0])
+def test_the_virial_counts_the_parameters(scaled_by):
+    """Of draws from a normal law exactly, and a quarter of it where they are half as wide."""
+    net, (x, y), _ = regression()
+    with torch.no_grad():
+        y = net(x)
+    around = neighbourhood(net, (x, y), localization=3.0)
+    precision = around.nbeta * x.mT @ x / len(x) + 3.0 * torch.eye(x.shape[1], dtype=F64)
+    normals = draws(4000, around.num_parameters, seed=4)
+    away = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(precision).mT, normals.mT, upper=True
+    ).mT
+    parameters = around.potential.space.unravel(around.centre + scaled_by * away)
+    found = around.virials(parameters)
+    error = float(found.std()) / 4000**0.5
+    assert abs(float(found.mean()) - scaled_by**2 * around.num_parameters) < 4.5 * error
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from laplace_scenarios import numbers
-from pushforward.linalg.lanczos import quadratic_forms, tridiagonalise
+from pushforward.linalg.lanczos import quadratic_forms, quadrature, tridiagonalise
 
 
 def matrix(size, seed=0):
@@ -80,3 +80,23 @@ def test_single_precision():
     found = quadratic_forms(lambda rows: rows @ a.float(), probes.float(), torch.log1p, 20)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
+def test_a_known_lower_end_counts_what_lies_there():
+    """Ninety eigenvalues at the lower end, ten far above: the plain rule finds the ninety last."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.cat([torch.ones(90), torch.logspace(2, 7, 10)]).double()
+    basis = torch.linalg.qr(torch.randn(100, 100, dtype=torch.float64, generator=generator))[0]
+    matrix = basis * values @ basis.mT
+    start = torch.randn(3, 100, dtype=torch.float64, generator=generator)
+    exact = ((start @ basis).square() * (1 - 1 / values)).sum(1) / start.square().sum(1)
+    diagonals, beside = tridiagonalise(lambda v: v @ matrix, start, 6)
+
+    def error(lowest):
+        nodes, weights = quadrature(diagonals, beside, lowest=lowest)
+        assert torch.allclose(weights.sum(1), torch.ones(3, dtype=torch.float64))
+        return ((weights * (1 - 1 / nodes.clamp(min=1))).sum(1) - exact).abs().max()
+
+    assert error(0.999) < 0.05 * error(None)
+    # What is no lower bound is not taken for one.
+    assert torch.allclose(error(1e9), error(None))

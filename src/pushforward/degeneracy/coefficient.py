@@ -88,8 +88,7 @@ class LearningCoefficient(Estimate):
     drift
         Second half of the main run minus the first.
     virial
-        Mean of ``(w - w*) . grad U`` where the chains ended: the number of parameters in
-        equilibrium.
+        Mean of ``(w - w*) . grad U``: the number of parameters in equilibrium.
     runs
         The coefficient at step sizes ``eps`` and ``eps / 2``, before extrapolation.
     expected_bias

@@ -22,7 +22,6 @@ from pushforward.degeneracy.evidence import (
     quadratic_answer,
     singular_fluctuation,
     slope_effect,
-    virial,
     waic,
 )
 from pushforward.degeneracy.neighbourhood import Metric, Neighbourhood
@@ -253,13 +252,13 @@ def coefficient_of(runs: Runs, seed: int, seconds: float) -> LearningCoefficient
     if quadratic_effect is not None and effect.standard_error > _VAGUE * abs(value):
         effect = quadratic_effect
     accepted = _acceptance(runs, seed)
-    distance = agreement(main.squared_distance[alive])
-    balance = virial(around, main.positions[alive])
+    assert spaced.virials is not None
+    balance = agreement(spaced.virials[spaced.alive])
     checks = (
         alive_check(dead, runs.started),
         minimum_check(measured, below, slope),
         metropolis_check(accepted) if walk.learns else step_check(measured, value, sharpest),
-        equilibrium_check(coarse, distance, balance, around.num_parameters),
+        equilibrium_check(coarse, balance, around.num_parameters),
     )
     logarithms = losses if around.logarithms else None
     walked = (*runs.warmups, main) if spaced is main else (*runs.warmups, main, spaced)
@@ -292,7 +291,7 @@ def coefficient_of(runs: Runs, seed: int, seconds: float) -> LearningCoefficient
         r_hat=coarse.r_hat,
         effective_draws=coarse.effective_draws,
         drift=Measured(coarse.drift, coarse.drift_error),
-        virial=balance,
+        virial=Measured(balance.mean, balance.standard_error),
         runs=tuple(measured),
         expected_bias=bias,
         acceptance=accepted,

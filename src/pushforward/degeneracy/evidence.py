@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import log, sqrt
+from math import log
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,6 @@ __all__ = [
     "quadratic_coefficient",
     "singular_fluctuation",
     "slope_effect",
-    "virial",
     "waic",
 ]
 
@@ -252,31 +251,6 @@ def slope_effect(around: Neighbourhood) -> float:
     steps = min(_LANCZOS_STEPS, around.num_parameters)
     nodes, weights = quadrature(*tridiagonalise(product, start, steps), lowest=_BELOW * gamma)
     return float(start.double().square().sum() * (weights * effect(nodes)).sum())
-
-
-def virial(around: Neighbourhood, positions: Float[Tensor, "chains P"]) -> Measured:
-    """``(w - w*) . grad U``, whose mean is the number of parameters in equilibrium.
-
-    That holds for every law that vanishes far away, by integration by parts, and it is about all
-    directions, where the loss forgets those that are flat.
-
-    Parameters
-    ----------
-    around
-        The neighbourhood.
-    positions
-        ``(chains, P)``, finite.
-
-    Returns
-    -------
-    Measured
-        With an error from chains, no smaller than that of a quadratic.
-    """
-    _, gradient = around.on_all_data.value_and_gradient(positions)
-    values = ((positions - around.centre) * gradient).sum(1, dtype=torch.float64)
-    count, size = len(values), around.num_parameters
-    spread = float(values.std()) if count > 1 else 0.0
-    return Measured(float(values.mean()), max(spread, sqrt(2 * size)) / sqrt(count))
 
 
 def acceptance(

@@ -230,6 +230,26 @@ class Neighbourhood:
             total = total + away.square().sum(1, dtype=torch.float64)
         return total
 
+    def virials(self, parameters: Params) -> Float[Tensor, " chains"]:
+        """``(w - w*) . grad U`` on all data, whose mean in equilibrium is the number of parameters.
+
+        That holds for every law that vanishes far away, by integration by parts, and it is about
+        all directions, where the loss forgets those that are flat.
+
+        Parameters
+        ----------
+        parameters
+            ``(chains, *shape)`` by name.
+
+        Returns
+        -------
+        Tensor
+            ``(chains,)`` float64.
+        """
+        vectors = self.potential.space.ravel(parameters)
+        _, gradient = self.on_all_data.value_and_gradient(vectors)
+        return ((vectors - self.centre) * gradient).sum(1, dtype=torch.float64)
+
     def excess(
         self, potential: Float[Tensor, "*draws"], squared_distance: Float[Tensor, "*draws"]
     ) -> Float[Tensor, "*draws"]:

@@ -103,6 +103,7 @@ def _metropolis_runs(walk: Walk, settings: Settings, start: Params | int) -> Run
         step_size=step_size,
         warmup=learning,
         losses=kept,
+        virials=True,
     )
     _require_survivors(main, walk)
     step = torch.nan if step_size is None else step_size
@@ -146,6 +147,7 @@ def _langevin_runs(walk: Walk, settings: Settings, begin: Params | int) -> Runs:
         start=survivors,
         step_size=step / 2,
         losses=True,
+        virials=True,
     )
     _require_survivors(second, walk)
     return Runs(walk, _count(begin), step, warmups, main, second)

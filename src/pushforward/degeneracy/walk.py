@@ -49,12 +49,15 @@ class Walked:
         ``(chain, draw)``: from ``w*``, in units of the scale.
     losses
         ``(chain, draw, N)``: of every example, where they were asked for.
+    virials
+        ``(chain, draw)``: ``(w - w*) . grad U`` on all data, where it was asked for.
     """
 
     chains: Chains
     excess: Float[Tensor, "chain draw"]
     squared_distance: Float[Tensor, "chain draw"]
     losses: Float[Tensor, "chain draw examples"] | None
+    virials: Float[Tensor, "chain draw"] | None
 
     @property
     def alive(self) -> Tensor:
@@ -155,6 +158,7 @@ class Walk:
         warmup: int = 0,
         thin: int = 1,
         losses: bool = False,
+        virials: bool = False,
     ) -> Walked:
         """Move chains.
 
@@ -174,6 +178,8 @@ class Walk:
             Steps a draw.
         losses
             Whether to note the loss of every example at every draw.
+        virials
+            Whether to note the virial at every draw, which takes a gradient.
 
         Returns
         -------
@@ -197,6 +203,8 @@ class Walk:
             if losses:
                 at_once = partial(around.potential.example_losses, at_once=num_chains)
                 noted["losses"] = vmap(at_once)(parameters)
+            if virials:
+                noted["virials"] = around.virials(parameters)
             return noted
 
         chains = sample(
@@ -221,7 +229,7 @@ class Walk:
         else:
             mean = found.mean(-1, dtype=torch.float64)
             excess = around.nbeta * (mean - known)
-        return Walked(chains, excess, distance, found)
+        return Walked(chains, excess, distance, found, chains.observations.get("virials"))
 
     def attempt(
         self, name: str, *, steps: int, start: Params | int, step_size: float
