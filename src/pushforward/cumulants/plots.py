@@ -4,36 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pushforward.errors import OptionError, ShapeError
+from pushforward.errors import ShapeError
+from pushforward.runs.pictures import import_pyplot
 
 if TYPE_CHECKING:
     from pushforward.cumulants.output import OutputLaw
 
-__all__ = ["import_pyplot", "plot_outputs"]
-
-
-def import_pyplot() -> Any:
-    """matplotlib.pyplot, or advice on how to install it.
-
-    Returns
-    -------
-    module
-        ``matplotlib.pyplot``.
-
-    Raises
-    ------
-    OptionError
-        When matplotlib is not installed.
-    """
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise OptionError(
-            "matplotlib is not installed",
-            where="plots",
-            advice="Run: pip install 'pushforward[plot]'.",
-        ) from error
-    return pyplot
+__all__ = ["plot_outputs"]
 
 
 def plot_outputs(law: OutputLaw, labels: list[str] | None = None) -> Any:

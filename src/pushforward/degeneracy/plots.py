@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pushforward.errors import OptionError
+from pushforward.runs.pictures import import_pyplot
 
 if TYPE_CHECKING:
     from pushforward.degeneracy.coefficient import LearningCoefficient
@@ -41,7 +41,7 @@ def plot_traces(found: LearningCoefficient) -> Any:
     OptionError
         When matplotlib is not installed.
     """
-    pyplot = _import_pyplot()
+    pyplot = import_pyplot()
     figure, (above, below) = pyplot.subplots(
         2, 1, figsize=(8.0, 5.2), sharex=True, layout="constrained"
     )
@@ -113,15 +113,3 @@ def _thinned(x: Tensor, y: Tensor) -> tuple[Any, Any]:
 
 def _colour(number: int) -> str:
     return _COLOURS[number % len(_COLOURS)]
-
-
-def _import_pyplot() -> Any:
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise OptionError(
-            "matplotlib is not installed",
-            where="plots",
-            advice="Run: pip install 'pushforward[plot]'.",
-        ) from error
-    return pyplot

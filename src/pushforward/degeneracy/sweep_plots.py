@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pushforward.errors import OptionError
+from pushforward.runs.pictures import import_pyplot
 
 if TYPE_CHECKING:
     from pushforward.degeneracy.extrapolation import ExtrapolatedCoefficient
@@ -32,7 +32,7 @@ def plot_sweep(sweep: CheckpointSweep) -> Any:
     matplotlib.figure.Figure
         Bars are two standard errors; verdicts other than OK are marked and written out.
     """
-    pyplot = _import_pyplot()
+    pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(6.8, 3.8), layout="constrained")
     numeric = all(not isinstance(label, str) for label in sweep.labels)
     places = list(sweep.labels) if numeric else list(range(len(sweep)))
@@ -76,7 +76,7 @@ def plot_map(found: EpsilonBetaMap) -> Any:
     """
     from matplotlib.patches import Rectangle
 
-    pyplot = _import_pyplot()
+    pyplot = import_pyplot()
     rows, columns = found.values.shape
     size = (2.6 + 0.85 * columns, 1.8 + 0.5 * rows)
     figure, axes = pyplot.subplots(figsize=size, layout="constrained")
@@ -119,7 +119,7 @@ def plot_extrapolation(found: ExtrapolatedCoefficient) -> Any:
     matplotlib.figure.Figure
         Bars are two standard errors, that of the extrapolated value included.
     """
-    pyplot = _import_pyplot()
+    pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(5.6, 3.8), layout="constrained")
     places = [1 / math.log(x) for x in found.nbetas]
     values = [float(one.value) for one in found.estimates]
@@ -133,15 +133,3 @@ def plot_extrapolation(found: ExtrapolatedCoefficient) -> Any:
     axes.set_ylabel("learning coefficient ± 2 standard errors")
     axes.legend()
     return figure
-
-
-def _import_pyplot() -> Any:
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise OptionError(
-            "matplotlib is not installed",
-            where="plots",
-            advice="Run: pip install 'pushforward[plot]'.",
-        ) from error
-    return pyplot

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pushforward.errors import OptionError
+from pushforward.runs.pictures import import_pyplot
 
 if TYPE_CHECKING:
     from pushforward.linearised_laplace.evaluation import Evaluation
@@ -39,7 +40,7 @@ def plot_calibration(evaluation: Evaluation) -> Any:
             where="Evaluation.plot",
             advice="Compare the negative log-likelihoods.",
         )
-    pyplot = _import_pyplot()
+    pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(4.6, 4.4), layout="constrained")
     axes.plot([0, 1], [0, 1], ":", color="0.6", linewidth=1, zorder=0)
     for row in evaluation.rows:
@@ -66,15 +67,3 @@ def plot_calibration(evaluation: Evaluation) -> Any:
     axes.set_ylim(0, 1.02)
     axes.legend(frameon=False, loc="upper left")
     return figure
-
-
-def _import_pyplot() -> Any:
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise OptionError(
-            "matplotlib is not installed",
-            where="plots",
-            advice="Run: pip install 'pushforward[plot]'.",
-        ) from error
-    return pyplot

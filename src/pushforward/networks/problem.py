@@ -1,17 +1,19 @@
-"""Whether a network, data and a likelihood belong together, and what one example takes."""
+"""Whether a network, data and a loss belong together, and what one example takes."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from pushforward.errors import DataError, ShapeError
+from pushforward.errors import DataError, NetworkError, OptionError, ShapeError
 from pushforward.networks.batches import Batch
 from pushforward.networks.data import Examples
 from pushforward.networks.likelihoods import Gaussian, Likelihood
 from pushforward.networks.model import FunctionalModel
 
-__all__ = ["activation_bytes", "check_problem"]
+__all__ = ["activation_bytes", "check_loss", "check_problem"]
 
 
 def activation_bytes(model: FunctionalModel, batch: Batch) -> int:
@@ -85,3 +87,67 @@ def check_problem(
         likelihood.check_targets(outputs, batch.targets, examples.name)
     if isinstance(likelihood, Gaussian) and outputs.is_complex():
         raise DataError("outputs are complex", where=model.name, advice="Return real outputs.")
+
+
+def check_loss(
+    model: FunctionalModel, examples: Examples, loss: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """Refuse networks that are not functions, and losses that are not one number an example.
+
+    Parameters
+    ----------
+    model
+        The network.
+    examples
+        Its data, with targets.
+    loss
+        From outputs ``(B, *event)`` and targets ``(B, ...)`` to the losses ``(B,)``.
+
+    Raises
+    ------
+    NetworkError
+        When the loss cannot take the outputs.
+    OptionError
+        When it is not one number for each example alone.
+    DataError
+        When it is not finite at the network's weights.
+    """
+    check_problem(model, examples)
+    batch = examples.select(torch.arange(min(len(examples), 8)))
+    assert batch.targets is not None
+    outputs = model.predict(batch.inputs)
+    try:
+        found = loss(outputs, batch.targets)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise NetworkError(
+            f"the loss cannot take outputs {tuple(outputs.shape)} and targets "
+            f"{tuple(batch.targets.shape)}: {error}",
+            where="loss",
+            advice="It is called with the outputs and targets of a batch.",
+        ) from error
+    if not isinstance(found, Tensor) or tuple(found.shape) != (len(batch),):
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise OptionError(
+            f"the loss returned {shape} for {len(batch)} examples",
+            where="loss",
+            advice="Return one number an example: reduction='none', summed over outputs.",
+        )
+    # The classic is (B, 1) against (B,), which broadcasts every output against every target.
+    alone = loss(outputs[:1], batch.targets[:1])
+    if tuple(alone.shape) != (1,) or not torch.allclose(
+        alone, found[:1], 1e-3, 1e-6, equal_nan=True
+    ):
+        raise OptionError(
+            f"the loss of an example depends on the other examples: {float(found[0]):.4g} among "
+            f"{len(batch)}, {float(alone.flatten()[0]):.4g} alone",
+            where="loss",
+            advice=f"Check that outputs {tuple(outputs.shape)} and targets "
+            f"{tuple(batch.targets.shape)} do not broadcast against each other, and that nothing "
+            "is averaged over the batch.",
+        )
+    if not bool(torch.isfinite(found).all()):
+        raise DataError(
+            "the loss is not finite at the network's weights",
+            where="loss",
+            advice="Check targets and outputs.",
+        )

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pushforward.errors import DataError, NetworkError, OptionError
+from pushforward.errors import DataError, OptionError
 from pushforward.networks.batches import Inputs, Table
 from pushforward.networks.data import Examples
 from pushforward.networks.likelihoods import Likelihood
 from pushforward.networks.model import FunctionalModel
 from pushforward.networks.parameters import ParameterSpace, match_names
-from pushforward.networks.problem import activation_bytes, check_problem
+from pushforward.networks.problem import activation_bytes, check_loss, check_problem
 from pushforward.runs.store import fingerprint
 from pushforward.sampling.potential import (
     PROBE,
@@ -444,7 +444,7 @@ def build_network_potential(
             "targets to one loss an example.",
         )
     else:
-        _check_loss(model, examples, loss)
+        check_loss(model, examples, loss)
     if not isfinite(inverse_temperature) or inverse_temperature < 0:
         raise OptionError(
             f"{inverse_temperature!r} is out of range",
@@ -520,49 +520,6 @@ def _precisions(space: ParameterSpace, given: float | Mapping[str, float]) -> Fl
         )
     values = torch.tensor([found[name] for name in space.names], dtype=torch.float64)
     return torch.repeat_interleave(values, torch.tensor(space.sizes))
-
-
-def _check_loss(model: FunctionalModel, examples: Examples, loss: Loss) -> None:
-    """Refuse networks that are not functions, and losses that are not one number an example."""
-    check_problem(model, examples)
-    batch = examples.select(torch.arange(min(len(examples), 8)))
-    assert batch.targets is not None
-    outputs = model.predict(batch.inputs)
-    try:
-        found = loss(outputs, batch.targets)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise NetworkError(
-            f"the loss cannot take outputs {tuple(outputs.shape)} and targets "
-            f"{tuple(batch.targets.shape)}: {error}",
-            where="loss",
-            advice="It is called with the outputs and targets of a batch.",
-        ) from error
-    if not isinstance(found, Tensor) or tuple(found.shape) != (len(batch),):
-        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise OptionError(
-            f"the loss returned {shape} for {len(batch)} examples",
-            where="loss",
-            advice="Return one number an example: reduction='none', summed over outputs.",
-        )
-    # The classic is (B, 1) against (B,), which broadcasts every output against every target.
-    alone = loss(outputs[:1], batch.targets[:1])
-    if tuple(alone.shape) != (1,) or not torch.allclose(
-        alone, found[:1], 1e-3, 1e-6, equal_nan=True
-    ):
-        raise OptionError(
-            f"the loss of an example depends on the other examples: {float(found[0]):.4g} among "
-            f"{len(batch)}, {float(alone.flatten()[0]):.4g} alone",
-            where="loss",
-            advice=f"Check that outputs {tuple(outputs.shape)} and targets "
-            f"{tuple(batch.targets.shape)} do not broadcast against each other, and that nothing "
-            "is averaged over the batch.",
-        )
-    if not bool(torch.isfinite(found).all()):
-        raise DataError(
-            "the loss is not finite at the network's weights",
-            where="loss",
-            advice="Check targets and outputs.",
-        )
 
 
 def _localizations(space: ParameterSpace, given: float | Tensor) -> Float[Tensor, " P"]:

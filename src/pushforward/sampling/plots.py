@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pushforward.errors import OptionError
+from pushforward.runs.pictures import import_pyplot
 from pushforward.sampling.chains import Chains
 from pushforward.sampling.diagnostics import Diagnosis, looked_at
 
@@ -62,7 +63,7 @@ def plot_traces(chains: Chains) -> Any:
             where="Chains.plot",
             advice="Sample with keep_parameters=True, or record something.",
         )
-    pyplot = _import_pyplot()
+    pyplot = import_pyplot()
     figure, grid = pyplot.subplots(
         len(traces),
         2,
@@ -176,15 +177,3 @@ def _thinned(x: Tensor, y: Tensor) -> tuple[Any, Any]:
 
 def _colour(number: int) -> str:
     return _COLOURS[number % len(_COLOURS)]
-
-
-def _import_pyplot() -> Any:
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise OptionError(
-            "matplotlib is not installed",
-            where="plots",
-            advice="Run: pip install 'pushforward[plot]'.",
-        ) from error
-    return pyplot

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from pushforward.errors import OptionError
+from pushforward.runs.pictures import import_pyplot
 
 if TYPE_CHECKING:
     from pushforward.sampling.thermalization.report import ThermalizationReport
@@ -42,7 +43,7 @@ def plot_thermalization(report: ThermalizationReport) -> Any:
             where="ThermalizationReport.plot",
             advice="Look at its ranks.",
         )
-    pyplot = _import_pyplot()
+    pyplot = import_pyplot()
     columns = min(_COLUMNS, len(shown))
     rows = math.ceil(len(shown) / columns)
     figure, grid = pyplot.subplots(
@@ -69,15 +70,3 @@ def plot_thermalization(report: ThermalizationReport) -> Any:
         axes.legend(frameon=False, fontsize=7)
     figure.suptitle(f"{report.kernel}: {report.verdict}")
     return figure
-
-
-def _import_pyplot() -> Any:
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise OptionError(
-            "matplotlib is not installed",
-            where="plots",
-            advice="Run: pip install 'pushforward[plot]'.",
-        ) from error
-    return pyplot
