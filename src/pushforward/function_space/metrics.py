@@ -1,0 +1,96 @@
+"""How two rows of outputs are compared: the discrepancies that a distance averages."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+
+from pushforward.errors import OptionError
+
+__all__ = ["Metric", "check_metric", "discrepancy", "output_curvature"]
+
+Metric: TypeAlias = Literal["euclidean", "softmax", "kl", "fisher"]
+
+
+def check_metric(metric: str) -> None:
+    """Refuse a metric that is none.
+
+    Raises
+    ------
+    OptionError
+        If its name is unknown.
+    """
+    if metric not in get_args(Metric):
+        raise OptionError(
+            f"unknown metric {metric!r}",
+            where="metric",
+            advice=f"Choose one of {', '.join(get_args(Metric))}.",
+        )
+
+
+def discrepancy(
+    old: Float[Tensor, "*B K"], new: Float[Tensor, "*B K"], metric: Metric
+) -> Float[Tensor, "*B"]:
+    """Discrepancy of each row (the functions rho of arXiv 2302.03519).
+
+    With ``p = softmax z``, old outputs ``z0`` and new ones ``z1``:
+
+    - ``euclidean``: ``|z1 - z0|^2 / 2``;
+    - ``softmax``: ``|p1 - p0|^2 / 2``;
+    - ``kl``: ``KL(p0 || p1)``, in nats;
+    - ``fisher``: ``(z1 - z0)^T (diag p0 - p0 p0^T) (z1 - z0) / 2``, to which KL tends for small
+      differences.
+
+    Parameters
+    ----------
+    old, new
+        Outputs; logits for all but the first.
+    metric
+        Which.
+
+    Returns
+    -------
+    Tensor
+        One number a row, 0 where the rows agree, differentiable in `new`.
+    """
+    check_metric(metric)
+    if metric == "euclidean":
+        return (new - old).square().sum(-1) / 2
+    if metric == "softmax":
+        return (new.softmax(-1) - old.softmax(-1)).square().sum(-1) / 2
+    if metric == "fisher":
+        p, change = old.softmax(-1), new - old
+        centred = change - (p * change).sum(-1, keepdim=True)
+        return (p * centred.square()).sum(-1) / 2
+    return kl_div(
+        log_softmax(new, -1), log_softmax(old, -1), reduction="none", log_target=True
+    ).sum(-1)
+
+
+def output_curvature(rows: Float[Tensor, "*B K"], metric: Metric) -> Float[Tensor, "*B K K"]:
+    """Curvature of the discrepancy in the new outputs where they equal the old ones.
+
+    Parameters
+    ----------
+    rows
+        Outputs.
+    metric
+        Which.
+
+    Returns
+    -------
+    Tensor
+        A positive semidefinite matrix for each row: the identity, ``S^T S`` with the Jacobian
+        ``S = diag p - p p^T`` of softmax, or ``S`` itself for both ``kl`` and ``fisher``.
+    """
+    check_metric(metric)
+    if metric == "euclidean":
+        eye = torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
+        return eye.expand(*rows.shape, rows.shape[-1])
+    p = rows.softmax(-1)
+    jacobian = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+    return jacobian @ jacobian if metric == "softmax" else jacobian
