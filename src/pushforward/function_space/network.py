@@ -73,7 +73,7 @@ class ReferenceNetwork:
         if not reference.tensors:
             raise NetworkError("it has no weights", where="net", advice="Pass a trained network.")
         _require_finite(reference.tensors, "net")
-        FunctionalModel.of(module)  # refuses normalisation by the batch
+        _ = reference._function  # refuses normalisation by the batch
         return reference
 
     @cached_property
@@ -109,6 +109,10 @@ class ReferenceNetwork:
         return read_network(self.module, self.event_shape)
 
     @cached_property
+    def _function(self) -> FunctionalModel:
+        return FunctionalModel.of(self.module)
+
+    @cached_property
     def architecture(self) -> str:
         """A short hash of the modules and of names and shapes of all tensors."""
         digest = hashlib.blake2b(repr(self.module).encode(), digest_size=8)
@@ -135,7 +139,10 @@ class ReferenceNetwork:
             When names or shapes are not those of the reference, or entries are not finite.
         """
         if isinstance(other, nn.Module):
-            given: dict[str, Tensor] = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+            given: dict[str, Tensor] = {
+                **dict(other.named_parameters()),
+                **dict(other.named_buffers()),
+            }
         else:
             buffers = {n: t for n, t in self.tensors.items() if n not in self.parameter_names}
             given = {**buffers, **other}
@@ -194,8 +201,7 @@ class ReferenceNetwork:
         Tensor
             ``(B, K)``, differentiable in the weights.
         """
-        model = FunctionalModel.of(self.module)
-        rows: Tensor = model(tensors, inputs)
+        rows: Tensor = self._function(tensors, inputs)
         return rows.flatten(1)
 
     def unchanged(self, tensors: Params) -> bool:
