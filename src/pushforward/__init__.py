@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pushforward.degeneracy.sweep import CheckpointSweep
     from pushforward.degeneracy.temperature import EpsilonBetaMap, learning_coefficient_map
     from pushforward.errors import PushforwardError
+    from pushforward.function_space.summarize import summarize
+    from pushforward.function_space.summary import FunctionSummary
     from pushforward.gaussians.activations import PiecewisePolynomial, SmoothActivation
     from pushforward.linearised_laplace.evaluation import Evaluation
     from pushforward.linearised_laplace.fit import laplace, plan_laplace
@@ -66,6 +68,7 @@ __all__ = [
     "Estimate",
     "Evaluation",
     "ExtrapolatedCoefficient",
+    "FunctionSummary",
     "FunctionalModel",
     "Gaussian",
     "GaussianLaw",
@@ -97,6 +100,7 @@ __all__ = [
     "propagate",
     "register_activation",
     "sample",
+    "summarize",
     "thermalize",
 ]
 
@@ -111,6 +115,7 @@ _HOMES = {
     "Estimate": "runs.estimate",
     "Evaluation": "linearised_laplace.evaluation",
     "ExtrapolatedCoefficient": "degeneracy.extrapolation",
+    "FunctionSummary": "function_space.summary",
     "FunctionalModel": "networks.model",
     "Gaussian": "networks.likelihoods",
     "GaussianLaw": "cumulants.laws",
@@ -148,6 +153,7 @@ _HOMES = {
     "propagate": "cumulants.propagation",
     "register_activation": "networks.activations",
     "sample": "sampling.runner",
+    "summarize": "function_space.summarize",
     "thermalize": "sampling.thermalization.thermalize",
 }
 

@@ -1,0 +1,256 @@
+"""What is kept of a data set: means and covariances, gathered batch by batch and merged exactly.
+
+Every statistic is a mean over the examples of a component (a class, a cluster, or all), or a
+covariance about such a mean. Two parts of the data are merged by Chan's update, so that a stream of
+batches, shards and processes all come to the same result up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from pushforward.function_space.chain import Moments
+from pushforward.function_space.metrics import output_curvature
+from pushforward.gaussians.activations import Activation
+from pushforward.networks.graph import NetworkGraph
+
+__all__ = ["OutputStatistics", "StageStatistics", "Statistics", "batch_statistics", "merge_moments"]
+
+
+@dataclass(frozen=True, eq=False)
+class StageStatistics:
+    """Of the units of one stage.
+
+    Parameters
+    ----------
+    gate_mean, gate_square
+        Mean slope ``E[phi'(s)]`` and mean squared slope of each unit, ``(c, n)``: for ReLU both are
+        the probability that it is active.
+    layer
+        Moments of the activations themselves, if kept.
+    coactivation
+        ``E[m m^T]`` of the slopes, ``(c, n, n)``, if kept.
+    """
+
+    gate_mean: Tensor
+    gate_square: Tensor
+    layer: Moments | None = None
+    coactivation: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class OutputStatistics:
+    """Of the outputs.
+
+    Parameters
+    ----------
+    moments
+        Mean ``(c, K)`` and covariance ``(c, K, K)``.
+    fisher, softmax
+        Mean curvature ``(c, K, K)`` of the metrics that need one.
+    """
+
+    moments: Moments
+    fisher: Tensor
+    softmax: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """All that is kept of some examples.
+
+    Parameters
+    ----------
+    counts
+        Examples in each component, ``(c,)``, float64.
+    inputs
+        Of the flattened inputs; the covariance is ``(c, d, d)``, or ``(c, d)`` where only its
+        diagonal is kept.
+    stages
+        One for each stage of the network.
+    outputs
+        Of the outputs.
+    """
+
+    counts: Tensor
+    inputs: Moments
+    stages: tuple[StageStatistics, ...]
+    outputs: OutputStatistics
+
+    def __add__(self, other: Statistics) -> Statistics:
+        mine, theirs = self.counts, other.counts
+
+        def mean(a: Tensor, b: Tensor) -> Tensor:
+            return _weighted(a, mine, b, theirs)
+
+        def moments(a: Moments, b: Moments) -> Moments:
+            return merge_moments(a, mine, b, theirs)
+
+        stages = []
+        for a, b in zip(self.stages, other.stages, strict=True):
+            layer = None if a.layer is None or b.layer is None else moments(a.layer, b.layer)
+            together = (
+                None
+                if a.coactivation is None or b.coactivation is None
+                else mean(a.coactivation, b.coactivation)
+            )
+            stages.append(
+                StageStatistics(
+                    mean(a.gate_mean, b.gate_mean),
+                    mean(a.gate_square, b.gate_square),
+                    layer,
+                    together,
+                )
+            )
+        outputs = OutputStatistics(
+            moments(self.outputs.moments, other.outputs.moments),
+            mean(self.outputs.fisher, other.outputs.fisher),
+            mean(self.outputs.softmax, other.outputs.softmax),
+        )
+        return Statistics(mine + theirs, moments(self.inputs, other.inputs), tuple(stages), outputs)
+
+
+def merge_moments(
+    first: Moments, first_count: Tensor, second: Moments, second_count: Tensor
+) -> Moments:
+    """Moments of the union of two sets of examples (Chan, Golub and LeVeque, 1979).
+
+    Parameters
+    ----------
+    first, second
+        Means ``(c, n)`` with covariances ``(c, n, n)``, or ``(c, n)`` for diagonals alone.
+    first_count, second_count
+        Examples of each component, ``(c,)``; either may be 0.
+
+    Returns
+    -------
+    Moments
+        Of all of them.
+    """
+    share = _share(first_count, second_count)
+    apart = second.mean - first.mean
+    between = apart.square()
+    if first.covariance.dim() == 3:
+        between = apart.unsqueeze(-1) * apart.unsqueeze(-2)
+    spread = _weighted(first.covariance, first_count, second.covariance, second_count)
+    both = (share * (1 - share)).reshape(-1, *[1] * (spread.dim() - 1))
+    return Moments(first.mean + share[:, None] * apart, spread + both * between)
+
+
+def batch_statistics(
+    graph: NetworkGraph,
+    rows: Float[Tensor, "B d"],
+    components: Int64[Tensor, " B"],
+    num_components: int,
+    *,
+    full: bool,
+    layers: bool,
+) -> Statistics:
+    """Statistics of one batch.
+
+    Parameters
+    ----------
+    graph
+        The network.
+    rows
+        Flattened inputs, float64.
+    components
+        To which component each belongs.
+    num_components
+        How many there are.
+    full
+        Whether to keep the whole covariance of the inputs, or its diagonal.
+    layers
+        Whether to keep moments of the activations and of pairs of gates.
+
+    Returns
+    -------
+    Statistics
+        Components without an example in this batch have count 0.
+    """
+    members = torch.nn.functional.one_hot(components, num_components).to(rows.dtype).mT
+    counts = members.sum(1)
+    average = members / counts.clamp(min=1)[:, None]
+    groups = [torch.nonzero(components == k)[:, 0] for k in range(num_components)]
+
+    def second(values: Tensor) -> Tensor:
+        """Mean outer product in each component."""
+        return torch.stack([v.mT @ v / max(len(v), 1) for v in (values[i] for i in groups)])
+
+    def moments(values: Tensor, *, full: bool = True) -> Moments:
+        mean = average @ values
+        centred = values - mean[components]
+        return Moments(mean, second(centred) if full else average @ centred.square())
+
+    stages = []
+    for slopes, values in _walk(graph, rows):
+        if slopes is None:
+            outputs = values
+            continue
+        stages.append(
+            StageStatistics(
+                average @ slopes,
+                average @ slopes.square(),
+                moments(values) if layers else None,
+                second(slopes) if layers else None,
+            )
+        )
+    curvatures = [
+        (average @ output_curvature(outputs, metric).flatten(1)).unflatten(
+            1, (outputs.shape[1], outputs.shape[1])
+        )
+        for metric in ("fisher", "softmax")
+    ]
+    return Statistics(
+        counts,
+        moments(rows, full=full),
+        tuple(stages),
+        OutputStatistics(moments(outputs), *curvatures),
+    )
+
+
+def slope(activation: Activation, values: Float[Tensor, "*units"]) -> Float[Tensor, "*units"]:
+    """Derivative of an activation; at a breakpoint that of the piece on its right.
+
+    Parameters
+    ----------
+    activation
+        The function.
+    values
+        Where.
+
+    Returns
+    -------
+    Tensor
+        Of the shape of `values`.
+    """
+    _, derivative = torch.func.jvp(activation, (values,), (torch.ones_like(values),))
+    return derivative
+
+
+def _walk(graph: NetworkGraph, rows: Tensor) -> Iterator[tuple[Tensor | None, Tensor]]:
+    """Slopes and activations of each stage, then None and the outputs."""
+    for stage in graph.stages:
+        before = stage.affine.apply(rows)
+        rows, slopes = before.clone(), torch.ones_like(before)
+        for group in stage.groups:
+            if not group.carried:
+                rows[:, group.units] = group.activation(before[:, group.units])
+                slopes[:, group.units] = slope(group.activation, before[:, group.units])
+        yield slopes, rows
+    yield None, graph.output.apply(rows)
+
+
+def _share(first_count: Tensor, second_count: Tensor) -> Tensor:
+    """The second's share of all examples; 0 where there are none."""
+    return second_count / (first_count + second_count).clamp(min=1)
+
+
+def _weighted(a: Tensor, a_count: Tensor, b: Tensor, b_count: Tensor) -> Tensor:
+    share = _share(a_count, b_count).reshape(-1, *[1] * (a.dim() - 1))
+    return a + share * (b - a)

@@ -1,0 +1,139 @@
+"""Summaries on disk: weights, moments and what recognises the network, in one file."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pushforward.errors import WeightsError
+from pushforward.function_space.chain import Moments
+from pushforward.function_space.network import ReferenceNetwork
+from pushforward.function_space.statistics import OutputStatistics, StageStatistics, Statistics
+from pushforward.function_space.summary import FunctionSummary
+from pushforward.runs.store import fingerprint, load_tensors, save_tensors
+
+__all__ = ["load_summary", "save_summary"]
+
+_SCHEMA = "pushforward.function_summary"
+_VERSION = 1
+
+
+def save_summary(summary: FunctionSummary, path: str | os.PathLike[str]) -> None:
+    """Write a summary to a file.
+
+    Parameters
+    ----------
+    summary
+        Of any network.
+    path
+        A safetensors file, replaced if it exists, and never half written.
+    """
+    statistics, outputs = summary.statistics, summary.statistics.outputs
+    tensors: dict[str, Tensor] = {
+        "counts": statistics.counts,
+        "probe_distances": summary.probe_distances,
+        "outputs.fisher": outputs.fisher,
+        "outputs.softmax": outputs.softmax,
+        **_named("inputs", statistics.inputs),
+        **_named("outputs", outputs.moments),
+    }
+    for number, stage in enumerate(statistics.stages):
+        tensors[f"stages.{number}.gate_mean"] = stage.gate_mean
+        if not torch.equal(stage.gate_mean, stage.gate_square):
+            tensors[f"stages.{number}.gate_square"] = stage.gate_square
+        if stage.layer is not None and stage.coactivation is not None:
+            tensors |= _named(f"stages.{number}.layer", stage.layer)
+            tensors[f"stages.{number}.coactivation"] = stage.coactivation
+    tensors |= {f"weights.{name}": t for name, t in summary.reference.tensors.items()}
+    metadata = {
+        "network": type(summary.reference.module).__name__,
+        "architecture": summary.reference.architecture,
+        "event_shape": list(summary.reference.event_shape),
+        "input_moments": summary.input_moments,
+        "num_stages": len(statistics.stages),
+        "checksum": fingerprint(tensors),
+    }
+    save_tensors(path, tensors, metadata, schema=_SCHEMA, version=_VERSION)
+
+
+def load_summary(path: str | os.PathLike[str], net: nn.Module) -> FunctionSummary:
+    """Read a summary that `save_summary` has written.
+
+    Parameters
+    ----------
+    path
+        The file.
+    net
+        A network of the same architecture.
+
+    Returns
+    -------
+    FunctionSummary
+        On the device of `net`.
+
+    Raises
+    ------
+    WeightsError
+        If the file is damaged, of another kind, newer than this release, or of another network.
+    """
+    device = next((p.device for p in net.parameters()), torch.device("cpu"))
+    tensors, metadata = load_tensors(path, schema=_SCHEMA, version=_VERSION, device=device)
+    where = str(path)
+    try:
+        checksum, architecture = metadata["checksum"], metadata["architecture"]
+        event_shape = tuple(int(n) for n in metadata["event_shape"])
+        weights = {n.removeprefix("weights."): t for n, t in tensors.items() if "weights." in n[:8]}
+        if fingerprint(tensors) != checksum:
+            raise KeyError("checksum")
+        statistics = _Reader(tensors).statistics(int(metadata["num_stages"]))
+        kept, distances = metadata["input_moments"], tensors["probe_distances"].cpu()
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"it is no whole summary ({error})", where=where, advice="Make the summary again."
+        ) from error
+    own = ReferenceNetwork.of(net, event_shape)
+    if own.architecture != architecture:
+        raise WeightsError(
+            f"it is of another network (a {metadata['network']!r})",
+            where=where,
+            advice="Build the network with the same modules and sizes as the one summarised.",
+        )
+    own.module.load_state_dict(
+        {n: t for n, t in weights.items() if n in own.module.state_dict()}, strict=False
+    )
+    reference = ReferenceNetwork.of(own.module, event_shape)
+    return FunctionSummary(reference, statistics, kept, distances)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    tensors: dict[str, Tensor]
+
+    def moments(self, name: str) -> Moments:
+        return Moments(self.tensors[f"{name}.mean"], self.tensors[f"{name}.covariance"])
+
+    def stage(self, number: int) -> StageStatistics:
+        name = f"stages.{number}"
+        mean = self.tensors[f"{name}.gate_mean"]
+        together = self.tensors.get(f"{name}.coactivation")
+        return StageStatistics(
+            mean,
+            self.tensors.get(f"{name}.gate_square", mean),
+            None if together is None else self.moments(f"{name}.layer"),
+            together,
+        )
+
+    def statistics(self, num_stages: int) -> Statistics:
+        outputs = OutputStatistics(
+            self.moments("outputs"), self.tensors["outputs.fisher"], self.tensors["outputs.softmax"]
+        )
+        stages = tuple(self.stage(number) for number in range(num_stages))
+        return Statistics(self.tensors["counts"], self.moments("inputs"), stages, outputs)
+
+
+def _named(name: str, moments: Moments) -> dict[str, Any]:
+    return {f"{name}.mean": moments.mean, f"{name}.covariance": moments.covariance}

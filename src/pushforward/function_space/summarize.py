@@ -1,0 +1,178 @@
+"""``pf.summarize``: one pass over the data, after which they are not needed any more."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from pushforward.errors import DataError, OptionError, ShapeError
+from pushforward.function_space.components import cluster_inputs, label_components
+from pushforward.function_space.metrics import Metric, discrepancy
+from pushforward.function_space.network import ReferenceNetwork
+from pushforward.function_space.probes import NUM_PROBES, probe
+from pushforward.function_space.statistics import Statistics, batch_statistics
+from pushforward.function_space.summary import FunctionSummary, InputMoments, of_low_rank
+from pushforward.networks.data import Examples
+from pushforward.runs.progress import track
+from pushforward.typing import Params
+
+__all__ = ["summarize"]
+
+_BATCH_SIZE = 1024
+_PAIRED = 4096  # units of a layer whose pairs are kept at most
+
+
+def summarize(
+    net: nn.Module,
+    data: Any,
+    *,
+    classes: Literal["targets"] | Tensor | None = None,
+    clusters: int | None = None,
+    input_moments: InputMoments = "full",
+    layer_moments: bool = False,
+    batch_size: int = _BATCH_SIZE,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> FunctionSummary:
+    """Summarise a network over its data: moments of the inputs and one number for each unit.
+
+    From then on the distance of other weights from these, as functions averaged over the data, can
+    be estimated without the data (Dhawan, Huang, Bae and Grosse, arXiv 2302.03519).
+
+    Parameters
+    ----------
+    net
+        The network; evaluation mode is assumed for dropout and BatchNorm, whatever its mode.
+    data
+        Inputs ``(N, ...)``, a pair of inputs and targets, or a loader, in a fixed order and without
+        augmentation.
+    classes
+        Keep moments for each class apart: ``"targets"``, or a label for each example. The cost of
+        an estimate grows with their number, and so does its accuracy.
+    clusters
+        Keep so many clusters of the inputs apart, found by k-means.
+    input_moments
+        Covariance of the inputs: ``"full"`` (``d^2`` numbers), ``"diagonal"`` (``d``), or a rank
+        ``r`` (``d r + d``).
+    layer_moments
+        Whether to keep means, covariances and pairs of gates for every layer too, for the
+        estimator ``"anchored"``: ``2 n^2`` numbers for a layer of ``n`` units.
+    batch_size
+        Examples at a time.
+    seed
+        Of the clusters.
+    progress
+        Whether to show a bar; None: on a terminal, when it takes long.
+
+    Returns
+    -------
+    FunctionSummary
+        On the device of the network. Summaries of parts of the data add up (``+``).
+
+    Raises
+    ------
+    OptionError
+        For options out of range, or that exclude each other.
+    DataError
+        For data that are empty, shuffled, augmented or not finite, and labels that do not fit.
+    ShapeError
+        When the network does not take the inputs.
+    UnsupportedLayerError
+        For a layer that cannot be read.
+    NetworkError
+        For weights that are not finite.
+    """
+    _check_options(classes, clusters, input_moments, batch_size)
+    examples = Examples.read(data, name="data", targets=False)
+    first = examples.select(torch.zeros(1, dtype=torch.long)).inputs
+    if not isinstance(first, Tensor) or not first.is_floating_point():
+        raise DataError(
+            "the inputs are no floating-point tensor",
+            where="data",
+            advice="Summarise the network behind its embedding: its moments are of numbers.",
+        )
+    reference = ReferenceNetwork.of(net, tuple(first.shape[1:]))
+    components = _components(examples, classes, clusters, seed)
+    _check_widths(reference, layer_moments=layer_moments)
+    probes = [probe(reference, number) for number in range(NUM_PROBES)]
+    total: Statistics | None = None
+    distances = torch.zeros(NUM_PROBES, len(get_args(Metric)), dtype=torch.float64)
+    count = int(components.max()) + 1
+    with torch.no_grad(), track(len(examples), "Summarising", enabled=progress) as advance:
+        for batch in examples.batches(batch_size):
+            inputs = batch.inputs
+            assert isinstance(inputs, Tensor)
+            inputs = inputs.to(reference.device, reference.dtype)
+            statistics = batch_statistics(
+                reference.graph,
+                inputs.flatten(1).double(),
+                components[batch.indices].to(reference.device),
+                count,
+                full=input_moments != "diagonal",
+                layers=layer_moments,
+            )
+            total = statistics if total is None else total + statistics
+            distances += _probed(reference, probes, inputs)
+            advance(len(batch))
+    assert total is not None
+    if isinstance(input_moments, int):
+        total = Statistics(
+            total.counts, of_low_rank(total.inputs, input_moments), total.stages, total.outputs
+        )
+    return FunctionSummary(reference, total, input_moments, distances / len(examples))
+
+
+def _probed(
+    reference: ReferenceNetwork, probes: list[Params], inputs: Tensor
+) -> Float[Tensor, "probes metrics"]:
+    """Summed discrepancies of perturbed weights over a batch."""
+    old = reference.outputs(reference.tensors, inputs).double()
+    rows = []
+    for weights in probes:
+        new = reference.outputs(weights, inputs).double()
+        rows.append(torch.stack([discrepancy(old, new, m).sum() for m in get_args(Metric)]))
+    return torch.stack(rows).cpu()
+
+
+def _components(
+    examples: Examples, classes: Any, clusters: int | None, seed: int
+) -> Int64[Tensor, " N"]:
+    if classes is not None:
+        return label_components(examples, classes)
+    if clusters is not None:
+        return cluster_inputs(examples, clusters, seed)
+    return torch.zeros(len(examples), dtype=torch.long)
+
+
+def _check_options(classes: Any, clusters: int | None, input_moments: Any, batch_size: int) -> None:
+    if classes is not None and clusters is not None:
+        raise OptionError(
+            "both classes and clusters are given",
+            where="clusters",
+            advice="Choose one: components are either.",
+        )
+    rank = isinstance(input_moments, int) and not isinstance(input_moments, bool)
+    if not (input_moments in {"full", "diagonal"} or (rank and input_moments > 0)):
+        raise OptionError(
+            f"{input_moments!r}",
+            where="input_moments",
+            advice='Choose "full", "diagonal" or a positive rank.',
+        )
+    if batch_size < 1:
+        raise OptionError(
+            f"{batch_size!r} examples", where="batch_size", advice="Give a positive number."
+        )
+
+
+def _check_widths(reference: ReferenceNetwork, *, layer_moments: bool) -> None:
+    """Read the graph, which refuses what it cannot read, before the data are."""
+    widest = max((stage.affine.linear.out_features for stage in reference.graph.stages), default=0)
+    if layer_moments and widest > _PAIRED:
+        raise ShapeError(
+            f"a layer has {widest:,} units, and moments of all their pairs are too many",
+            where="layer_moments",
+            advice="Leave layer_moments=False for this network.",
+        )
