@@ -1,5 +1,6 @@
 """Networks and laws that several test files share; every draw comes from an explicit seed."""
 
+import copy
 import itertools
 
 import torch
@@ -129,3 +130,25 @@ def correlated_law(dimension, *, seed=0, spread=0.2, mean=0.3):
 
 def standard_law(dimension, **options):
     return GaussianLaw.standard(dimension, dtype=torch.float64, **options)
+
+
+def small_mlp(sizes=(4, 6, 5, 3), activation=nn.ReLU, *, seed=0, dtype=torch.float64):
+    """A network of Linear layers with torch's initial weights."""
+    torch.manual_seed(seed)
+    layers = []
+    for number, (n, m) in enumerate(itertools.pairwise(sizes)):
+        layers.append(nn.Linear(n, m, dtype=dtype))
+        if number < len(sizes) - 2:
+            layers.append(activation())
+    return nn.Sequential(*layers)
+
+
+def moved(net, size=0.3, *, seed=1, only=""):
+    """A copy with noise on the parameters whose names start with `only`."""
+    torch.manual_seed(seed)
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if name.startswith(only):
+                parameter.add_(size * torch.randn_like(parameter))
+    return other

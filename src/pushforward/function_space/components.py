@@ -38,6 +38,8 @@ def label_components(
 
     Raises
     ------
+    OptionError
+        For another word than ``"targets"``.
     DataError
         When labels are no whole numbers from 0, their number is not that of the examples, or a
         class between others has no example.

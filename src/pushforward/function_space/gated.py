@@ -20,7 +20,7 @@ from pushforward.function_space.chain import Change, Moments, affine_changes
 from pushforward.gaussians.activations import Activation, PiecewisePolynomial
 from pushforward.networks.graph import NetworkGraph, Stage
 
-__all__ = ["Gates", "GatedStep", "gated_values", "push_gated", "through_origin"]
+__all__ = ["GatedStep", "Gates", "gated_values", "push_gated", "through_origin"]
 
 
 @dataclass(frozen=True, eq=False)

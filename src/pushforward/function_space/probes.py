@@ -6,20 +6,30 @@ again: only the true distances have to be kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from pushforward.function_space.compression import prune_tensor, quantise_tensor
 from pushforward.function_space.network import ReferenceNetwork
 from pushforward.runs.rng import stream
 from pushforward.typing import Params
 
-__all__ = ["NUM_PROBES", "probe"]
+__all__ = ["NUM_PROBES", "PROBE_NAMES", "probe"]
 
 _NOISE = (0.05, 0.2)  # norm of the change of a tensor over that of the tensor
 _ROTATION = (0.05, 0.2)
 _PRUNED = (0.3, 0.6)  # share of a tensor that is set to 0, smallest entries first
-_LEVELS = (15, 63)  # of a symmetric quantisation
-NUM_PROBES = len(_NOISE) + len(_ROTATION) + len(_PRUNED) + len(_LEVELS)
+_BITS = (4.0, 6.0)  # of a symmetric quantisation
+PROBE_NAMES = (
+    *(f"noise of {100 * size:.0f} %" for size in _NOISE),
+    *(f"mixed inputs, {100 * size:.0f} %" for size in _ROTATION),
+    *(f"{100 * share:.0f} % pruned" for share in _PRUNED),
+    *(f"{bits:.0f} bits" for bits in _BITS),
+)
+"""What each of them does to every tensor of weights."""
+NUM_PROBES = len(PROBE_NAMES)
 """How many there are."""
 
 
@@ -39,8 +49,9 @@ def probe(reference: ReferenceNetwork, number: int) -> Params:
         All tensors of the reference; buffers and vectors are left alone by pruning and
         quantisation.
     """
+    kinds: list[tuple[Callable[[Tensor, float, torch.Generator], Tensor], float]]
     kinds = [(_noisy, size) for size in _NOISE] + [(_mixed, size) for size in _ROTATION]
-    kinds += [(_pruned, share) for share in _PRUNED] + [(_quantised, n) for n in _LEVELS]
+    kinds += [(_pruned, share) for share in _PRUNED] + [(_quantised, bits) for bits in _BITS]
     change, size = kinds[number]
     generator = stream(0, "function-space probes", number)
     tensors = {}
@@ -71,16 +82,9 @@ def _mixed(tensor: Tensor, size: float, generator: torch.Generator) -> Tensor:
 
 def _pruned(tensor: Tensor, share: float, generator: torch.Generator) -> Tensor:
     del generator
-    count = int(share * tensor.numel())
-    if tensor.dim() < 2 or count == 0:
-        return tensor
-    threshold = tensor.abs().flatten().kthvalue(count).values
-    return torch.where(tensor.abs() <= threshold, 0.0, tensor)
+    return prune_tensor(tensor, share)
 
 
-def _quantised(tensor: Tensor, levels: float, generator: torch.Generator) -> Tensor:
+def _quantised(tensor: Tensor, bits: float, generator: torch.Generator) -> Tensor:
     del generator
-    step = tensor.abs().max() / (levels // 2)
-    if tensor.dim() < 2 or float(step) == 0:
-        return tensor
-    return (tensor / step).round() * step
+    return quantise_tensor(tensor, int(bits))

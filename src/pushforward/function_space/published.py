@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from pushforward.function_space.chain import Change, Moments, affine_changes
-from pushforward.function_space.gated import Gates, GatedStep, gated_values
+from pushforward.function_space.gated import GatedStep, Gates, gated_values
 from pushforward.networks.graph import NetworkGraph
 
 __all__ = ["published_values", "push_published", "with_jitter"]

@@ -81,8 +81,7 @@ def _draw(
     square: Float[Tensor, "c n"],
     uniforms: Float[Tensor, "c s n"],
 ) -> Float[Tensor, "c s n"]:
-    """Slopes with the mean and mean square of the data: two values, those there are if there are
-    two.
+    """Slopes with the mean and mean square of the data: two values, those there are if two.
 
     Returns
     -------

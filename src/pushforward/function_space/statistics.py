@@ -229,7 +229,9 @@ def slope(activation: Activation, values: Float[Tensor, "*units"]) -> Float[Tens
     Tensor
         Of the shape of `values`.
     """
-    _, derivative = torch.func.jvp(activation, (values,), (torch.ones_like(values),))
+    with torch.enable_grad():
+        at = values.detach().requires_grad_()
+        (derivative,) = torch.autograd.grad(activation(at).sum(), at)
     return derivative
 
 

@@ -87,14 +87,19 @@ def load_summary(path: str | os.PathLike[str], net: nn.Module) -> FunctionSummar
         checksum, architecture = metadata["checksum"], metadata["architecture"]
         event_shape = tuple(int(n) for n in metadata["event_shape"])
         weights = {n.removeprefix("weights."): t for n, t in tensors.items() if "weights." in n[:8]}
-        if fingerprint(tensors) != checksum:
-            raise KeyError("checksum")
+        intact = fingerprint(tensors) == checksum
         statistics = _Reader(tensors).statistics(int(metadata["num_stages"]))
         kept, distances = metadata["input_moments"], tensors["probe_distances"].cpu()
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(
             f"it is no whole summary ({error})", where=where, advice="Make the summary again."
         ) from error
+    if not intact:
+        raise WeightsError(
+            "its numbers are not those that were written",
+            where=where,
+            advice="Make the summary again.",
+        )
     own = ReferenceNetwork.of(net, event_shape)
     if own.architecture != architecture:
         raise WeightsError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pushforward.errors import OptionError, ResourceError, WeightsError
 from pushforward.function_space.anchored import AnchoredStep, anchored_values, push_anchored
 from pushforward.function_space.chain import Change, Moments, affine_changes
-from pushforward.function_space.gated import Gates, GatedStep, gated_values, push_gated
+from pushforward.function_space.gated import GatedStep, Gates, gated_values, push_gated
 from pushforward.function_space.metrics import Metric, check_metric, discrepancy
 from pushforward.function_space.network import Other, ReferenceNetwork, select_outputs
 from pushforward.function_space.output_change import mean_discrepancy
@@ -158,13 +158,7 @@ class FunctionSummary:
         }
 
     def __add__(self, other: FunctionSummary) -> FunctionSummary:
-        """The summary of both parts of the data, as if they had been one.
-
-        Raises
-        ------
-        WeightsError
-            When the two are not of the same network, components and kinds of moments.
-        """
+        """The summary of both parts of the data, as if they had been one."""
         mine, theirs = self.reference, other.reference
         if mine.architecture != theirs.architecture or not mine.unchanged(theirs.tensors):
             raise WeightsError(
@@ -422,8 +416,8 @@ class FunctionSummary:
         if estimator == "sampled":
             rows = self._drawn_inputs(num_samples, seed)
             generator = stream(seed, "function-space gates", device=rows.device)
-            old, change = sampled_outputs(self.reference.graph, graph, rows, self._gates, generator)
-            each = discrepancy(_pick(old, chosen), _pick(old + change, chosen), metric)
+            old, moved = sampled_outputs(self.reference.graph, graph, rows, self._gates, generator)
+            each = discrepancy(_pick(old, chosen), _pick(old + moved, chosen), metric)
             return each.mean(1), each.std(1) / sqrt(each.shape[1])
         change, closure = self._closed_form(graph, estimator)
         values = mean_discrepancy(
@@ -453,8 +447,8 @@ class FunctionSummary:
             return push_gated(own, graph, inputs, steps), self._outputs_of(steps, inputs)
         if estimator == "reference":
             jittered, published = with_jitter(inputs), self._published_steps
-            change = push_published(own, graph, jittered, published)
-            return change, self._outputs_of(published, jittered)
+            pushed = push_published(own, graph, jittered, published)
+            return pushed, self._outputs_of(published, jittered)
         if estimator == "anchored":
             if not self.layer_moments:
                 raise OptionError(
