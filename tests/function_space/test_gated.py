@@ -1,13 +1,13 @@
 import pytest
 import torch
-from oracles.gated_network import enumerated_distance
-from scenarios import moved, small_mlp
 from torch import nn
 
+from oracles.gated_network import enumerated_distance
 from pushforward.function_space.chain import Moments
 from pushforward.function_space.gated import Gates, gated_values, push_gated
 from pushforward.function_space.network import ReferenceNetwork
-from pushforward.function_space.statistics import batch_statistics
+from pushforward.function_space.statistics import batch_statistics, walk
+from scenarios import moved, small_mlp
 
 
 class Skip(nn.Module):
@@ -111,9 +111,8 @@ def test_gradient_equals_finite_differences(activation):
     mean, covariance = _gaussian_input(3)
     x = torch.randn(400, 3, dtype=torch.float64) @ torch.linalg.cholesky(covariance).mT + mean
     reference = ReferenceNetwork.of(net, (3,))
-    kept = batch_statistics(
-        reference.graph, x, torch.zeros(400, dtype=torch.long), 1, full=True, layers=False
-    )
+    stages = walk(reference.graph, x)
+    kept = batch_statistics(torch.zeros(400, dtype=torch.long), 1, x, stages=stages)
     gates = [Gates(s.gate_mean, s.gate_square) for s in kept.stages]
     value = _distance(net, other, mean, covariance, gates)
     value.backward()

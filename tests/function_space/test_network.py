@@ -1,10 +1,10 @@
 import pytest
 import torch
-from scenarios import moved, small_mlp
 from torch import nn
 
 from pushforward.errors import NetworkError, ShapeError, WeightsError
 from pushforward.function_space.network import ReferenceNetwork, select_outputs
+from scenarios import moved, small_mlp
 
 
 def test_the_reference_is_a_copy_in_evaluation_mode():

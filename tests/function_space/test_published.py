@@ -1,12 +1,12 @@
 import torch
-from oracles.gated_network import published_distance
-from scenarios import moved, small_mlp
 from torch import nn
 
+from oracles.gated_network import published_distance
 from pushforward.function_space.chain import Moments
 from pushforward.function_space.gated import Gates
 from pushforward.function_space.network import ReferenceNetwork
 from pushforward.function_space.published import published_values, push_published, with_jitter
+from scenarios import moved, small_mlp
 
 
 def test_equals_the_published_recursion():

@@ -11,12 +11,13 @@ from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from pushforward.errors import NetworkError, ShapeError, WeightsError
 from pushforward.networks.graph import NetworkGraph, read_network
 from pushforward.networks.model import FunctionalModel, Inputs
+from pushforward.networks.tracing import trace
 from pushforward.typing import Params
 
 __all__ = ["Other", "ReferenceNetwork"]
@@ -106,7 +107,11 @@ class ReferenceNetwork:
     @cached_property
     def graph(self) -> NetworkGraph:
         """The network as a chain of affine maps and activations, at its own weights."""
-        return read_network(self.module, self.event_shape)
+        return read_network(self.module, self.event_shape, self._traced)
+
+    @cached_property
+    def _traced(self) -> fx.Graph:
+        return trace(self.module)
 
     @cached_property
     def _function(self) -> FunctionalModel:
@@ -183,7 +188,7 @@ class ReferenceNetwork:
         """
         reader = _GraphReader(self.module)
         return functional_call(
-            reader, {f"inner.{n}": t for n, t in tensors.items()}, (self.event_shape,)
+            reader, {f"inner.{n}": t for n, t in tensors.items()}, (self.event_shape, self._traced)
         )
 
     def outputs(self, tensors: Params, inputs: Inputs) -> Float[Tensor, "B K"]:
@@ -216,8 +221,8 @@ class _GraphReader(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def forward(self, event_shape: tuple[int, ...]) -> Any:
-        return read_network(self.inner, event_shape)
+    def forward(self, event_shape: tuple[int, ...], traced: fx.Graph) -> Any:
+        return read_network(self.inner, event_shape, traced)
 
 
 def _require_finite(tensors: Mapping[str, Tensor], where: str) -> None:

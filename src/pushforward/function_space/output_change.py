@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -13,7 +11,7 @@ from pushforward.function_space.metrics import Metric, discrepancy, output_curva
 from pushforward.function_space.statistics import OutputStatistics
 from pushforward.runs.rng import stream
 
-__all__ = ["mean_discrepancy"]
+__all__ = ["anchored_outputs", "mean_discrepancy"]
 
 _RIDGE = 1e-7  # of the largest variance: rounding may leave a covariance a little indefinite
 
@@ -79,6 +77,38 @@ def mean_discrepancy(
         return (curvature * square).sum((-2, -1)) / 2
     rows = _gaussian_rows(known, num_samples, generator)
     return discrepancy(rows, rows + _changes(rows, change, closure, generator), metric).mean(1)
+
+
+def anchored_outputs(
+    rows: Float[Tensor, "n K"], component: Int64[Tensor, " n"], moments: Moments
+) -> Float[Tensor, "n K"]:
+    """Outputs shifted and stretched so that each component has the moments that were kept.
+
+    Parameters
+    ----------
+    rows
+        Outputs of the reference on drawn inputs, as many of each component, one component after
+        the other.
+    component
+        Which each row is from.
+    moments
+        Of the outputs over the data, ``(c, K)`` and ``(c, K, K)``.
+
+    Returns
+    -------
+    Tensor
+        With exactly these moments up to the ridge of the factors; without gradient.
+    """
+    parts = []
+    with torch.no_grad():
+        for number in component.unique():
+            part = rows[component == number]
+            centred = part - part.mean(0)
+            mean, covariance = moments.mean[number], moments.covariance[number]
+            own = _factor((centred.mT @ centred / len(part)).unsqueeze(0))[0]
+            white = torch.linalg.solve_triangular(own, centred.mT, upper=False)
+            parts.append(mean + white.mT @ _factor(covariance.unsqueeze(0))[0].mT)
+    return torch.cat(parts)
 
 
 def _changes(

@@ -7,7 +7,7 @@ batches, shards and processes all come to the same result up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,14 @@ from pushforward.function_space.metrics import output_curvature
 from pushforward.gaussians.activations import Activation
 from pushforward.networks.graph import NetworkGraph
 
-__all__ = ["OutputStatistics", "StageStatistics", "Statistics", "batch_statistics", "merge_moments"]
+__all__ = [
+    "OutputStatistics",
+    "StageStatistics",
+    "Statistics",
+    "batch_statistics",
+    "merge_moments",
+    "walk",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +40,11 @@ class StageStatistics:
         the probability that it is active.
     layer
         Moments of the activations themselves, if kept.
-    coactivation
-        ``E[m m^T]`` of the slopes, ``(c, n, n)``, if kept.
     """
 
     gate_mean: Tensor
     gate_square: Tensor
     layer: Moments | None = None
-    coactivation: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,15 +74,15 @@ class Statistics:
         Examples in each component, ``(c,)``, float64.
     inputs
         Of the flattened inputs; the covariance is ``(c, d, d)``, or ``(c, d)`` where only its
-        diagonal is kept.
+        diagonal is kept. None for inputs that are no numbers.
     stages
-        One for each stage of the network.
+        One for each stage of the network; none for a network that is no chain of stages.
     outputs
         Of the outputs.
     """
 
     counts: Tensor
-    inputs: Moments
+    inputs: Moments | None
     stages: tuple[StageStatistics, ...]
     outputs: OutputStatistics
 
@@ -92,19 +96,15 @@ class Statistics:
             return merge_moments(a, mine, b, theirs)
 
         stages = []
-        for a, b in zip(self.stages, other.stages, strict=True):
-            layer = None if a.layer is None or b.layer is None else moments(a.layer, b.layer)
-            together = (
-                None
-                if a.coactivation is None or b.coactivation is None
-                else mean(a.coactivation, b.coactivation)
+        for one, two in zip(self.stages, other.stages, strict=True):
+            layer = (
+                None if one.layer is None or two.layer is None else moments(one.layer, two.layer)
             )
             stages.append(
                 StageStatistics(
-                    mean(a.gate_mean, b.gate_mean),
-                    mean(a.gate_square, b.gate_square),
+                    mean(one.gate_mean, two.gate_mean),
+                    mean(one.gate_square, two.gate_square),
                     layer,
-                    together,
                 )
             )
         outputs = OutputStatistics(
@@ -112,7 +112,9 @@ class Statistics:
             mean(self.outputs.fisher, other.outputs.fisher),
             mean(self.outputs.softmax, other.outputs.softmax),
         )
-        return Statistics(mine + theirs, moments(self.inputs, other.inputs), tuple(stages), outputs)
+        a, b = self.inputs, other.inputs
+        inputs = None if a is None or b is None else moments(a, b)
+        return Statistics(mine + theirs, inputs, tuple(stages), outputs)
 
 
 def merge_moments(
@@ -143,37 +145,40 @@ def merge_moments(
 
 
 def batch_statistics(
-    graph: NetworkGraph,
-    rows: Float[Tensor, "B d"],
     components: Int64[Tensor, " B"],
     num_components: int,
+    outputs: Float[Tensor, "B K"],
     *,
-    full: bool,
-    layers: bool,
+    rows: Float[Tensor, "B d"] | None = None,
+    stages: Iterable[tuple[Tensor, Tensor]] = (),
+    full: bool = True,
+    layers: bool = False,
 ) -> Statistics:
     """Statistics of one batch.
 
     Parameters
     ----------
-    graph
-        The network.
-    rows
-        Flattened inputs, float64.
     components
-        To which component each belongs.
+        To which component each example belongs.
     num_components
         How many there are.
+    outputs
+        Of the network, float64.
+    rows
+        Flattened inputs, float64; None where their law is kept in another way.
+    stages
+        From `walk`; nothing for a network that is no chain of stages.
     full
         Whether to keep the whole covariance of the inputs, or its diagonal.
     layers
-        Whether to keep moments of the activations and of pairs of gates.
+        Whether to keep moments of the activations.
 
     Returns
     -------
     Statistics
         Components without an example in this batch have count 0.
     """
-    members = torch.nn.functional.one_hot(components, num_components).to(rows.dtype).mT
+    members = torch.nn.functional.one_hot(components, num_components).to(outputs.dtype).mT
     counts = members.sum(1)
     average = members / counts.clamp(min=1)[:, None]
     groups = [torch.nonzero(components == k)[:, 0] for k in range(num_components)]
@@ -187,31 +192,48 @@ def batch_statistics(
         centred = values - mean[components]
         return Moments(mean, second(centred) if full else average @ centred.square())
 
-    stages = []
-    for slopes, values in _walk(graph, rows):
-        if slopes is None:
-            outputs = values
-            continue
-        stages.append(
-            StageStatistics(
-                average @ slopes,
-                average @ slopes.square(),
-                moments(values) if layers else None,
-                second(slopes) if layers else None,
-            )
+    kept = tuple(
+        StageStatistics(
+            average @ slopes,
+            average @ slopes.square(),
+            moments(values) if layers else None,
         )
+        for slopes, values in stages
+    )
+    width = outputs.shape[1]
     curvatures = [
-        (average @ output_curvature(outputs, metric).flatten(1)).unflatten(
-            1, (outputs.shape[1], outputs.shape[1])
-        )
+        (average @ output_curvature(outputs, metric).flatten(1)).unflatten(1, (width, width))
         for metric in ("fisher", "softmax")
     ]
-    return Statistics(
-        counts,
-        moments(rows, full=full),
-        tuple(stages),
-        OutputStatistics(moments(outputs), *curvatures),
-    )
+    inputs = None if rows is None else moments(rows, full=full)
+    return Statistics(counts, inputs, kept, OutputStatistics(moments(outputs), *curvatures))
+
+
+def walk(
+    graph: NetworkGraph, rows: Float[Tensor, "B d"]
+) -> Iterator[tuple[Float[Tensor, "B n"], Float[Tensor, "B n"]]]:
+    """Slopes and activations of each stage.
+
+    Parameters
+    ----------
+    graph
+        The network.
+    rows
+        Flattened inputs, float64.
+
+    Yields
+    ------
+    tuple of Tensor
+        ``phi'(s)`` and ``phi(s)``; 1 and ``s`` for units that are only carried along.
+    """
+    for stage in graph.stages:
+        before = stage.affine.apply(rows)
+        rows, slopes = before.clone(), torch.ones_like(before)
+        for group in stage.groups:
+            if not group.carried:
+                rows[:, group.units] = group.activation(before[:, group.units])
+                slopes[:, group.units] = slope(group.activation, before[:, group.units])
+        yield slopes, rows
 
 
 def slope(activation: Activation, values: Float[Tensor, "*units"]) -> Float[Tensor, "*units"]:
@@ -233,19 +255,6 @@ def slope(activation: Activation, values: Float[Tensor, "*units"]) -> Float[Tens
         at = values.detach().requires_grad_()
         (derivative,) = torch.autograd.grad(activation(at).sum(), at)
     return derivative
-
-
-def _walk(graph: NetworkGraph, rows: Tensor) -> Iterator[tuple[Tensor | None, Tensor]]:
-    """Slopes and activations of each stage, then None and the outputs."""
-    for stage in graph.stages:
-        before = stage.affine.apply(rows)
-        rows, slopes = before.clone(), torch.ones_like(before)
-        for group in stage.groups:
-            if not group.carried:
-                rows[:, group.units] = group.activation(before[:, group.units])
-                slopes[:, group.units] = slope(group.activation, before[:, group.units])
-        yield slopes, rows
-    yield None, graph.output.apply(rows)
 
 
 def _share(first_count: Tensor, second_count: Tensor) -> Tensor:

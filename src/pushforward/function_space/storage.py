@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from pushforward.errors import WeightsError
 from pushforward.function_space.chain import Moments
+from pushforward.function_space.layer_statistics import LayerStatistics
 from pushforward.function_space.network import ReferenceNetwork
 from pushforward.function_space.statistics import OutputStatistics, StageStatistics, Statistics
 from pushforward.function_space.summary import FunctionSummary
+from pushforward.function_space.token_law import TokenLaw
 from pushforward.runs.store import fingerprint, load_tensors, save_tensors
 
 __all__ = ["load_summary", "save_summary"]
@@ -38,16 +40,20 @@ def save_summary(summary: FunctionSummary, path: str | os.PathLike[str]) -> None
         "probe_distances": summary.probe_distances,
         "outputs.fisher": outputs.fisher,
         "outputs.softmax": outputs.softmax,
-        **_named("inputs", statistics.inputs),
         **_named("outputs", outputs.moments),
     }
+    if statistics.inputs is not None:
+        tensors |= _named("inputs", statistics.inputs)
+    for number, law in enumerate(summary.tokens):
+        tensors |= {f"tokens.{number}.{n}": t for n, t in law.to_tensors().items()}
+    if summary.layers is not None:
+        tensors |= {f"layers.{n}": t for n, t in summary.layers.to_tensors().items()}
     for number, stage in enumerate(statistics.stages):
         tensors[f"stages.{number}.gate_mean"] = stage.gate_mean
         if not torch.equal(stage.gate_mean, stage.gate_square):
             tensors[f"stages.{number}.gate_square"] = stage.gate_square
-        if stage.layer is not None and stage.coactivation is not None:
+        if stage.layer is not None:
             tensors |= _named(f"stages.{number}.layer", stage.layer)
-            tensors[f"stages.{number}.coactivation"] = stage.coactivation
     tensors |= {f"weights.{name}": t for name, t in summary.reference.tensors.items()}
     metadata = {
         "network": type(summary.reference.module).__name__,
@@ -55,6 +61,7 @@ def save_summary(summary: FunctionSummary, path: str | os.PathLike[str]) -> None
         "event_shape": list(summary.reference.event_shape),
         "input_moments": summary.input_moments,
         "num_stages": len(statistics.stages),
+        "num_token_laws": len(summary.tokens),
         "checksum": fingerprint(tensors),
     }
     save_tensors(path, tensors, metadata, schema=_SCHEMA, version=_VERSION)
@@ -86,10 +93,16 @@ def load_summary(path: str | os.PathLike[str], net: nn.Module) -> FunctionSummar
     try:
         checksum, architecture = metadata["checksum"], metadata["architecture"]
         event_shape = tuple(int(n) for n in metadata["event_shape"])
-        weights = {n.removeprefix("weights."): t for n, t in tensors.items() if "weights." in n[:8]}
+        weights = _under("weights.", tensors)
         intact = fingerprint(tensors) == checksum
         statistics = _Reader(tensors).statistics(int(metadata["num_stages"]))
         kept, distances = metadata["input_moments"], tensors["probe_distances"].cpu()
+        laws = tuple(
+            TokenLaw.from_tensors(_under(f"tokens.{number}.", tensors))
+            for number in range(int(metadata["num_token_laws"]))
+        )
+        units = _under("layers.", tensors)
+        layers = LayerStatistics.from_tensors(units) if units else None
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(
             f"it is no whole summary ({error})", where=where, advice="Make the summary again."
@@ -111,7 +124,11 @@ def load_summary(path: str | os.PathLike[str], net: nn.Module) -> FunctionSummar
         {n: t for n, t in weights.items() if n in own.module.state_dict()}, strict=False
     )
     reference = ReferenceNetwork.of(own.module, event_shape)
-    return FunctionSummary(reference, statistics, kept, distances)
+    return FunctionSummary(reference, statistics, kept, distances, laws, layers)
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 @dataclass(frozen=True)
@@ -124,12 +141,10 @@ class _Reader:
     def stage(self, number: int) -> StageStatistics:
         name = f"stages.{number}"
         mean = self.tensors[f"{name}.gate_mean"]
-        together = self.tensors.get(f"{name}.coactivation")
         return StageStatistics(
             mean,
             self.tensors.get(f"{name}.gate_square", mean),
-            None if together is None else self.moments(f"{name}.layer"),
-            together,
+            self.moments(f"{name}.layer") if f"{name}.layer.mean" in self.tensors else None,
         )
 
     def statistics(self, num_stages: int) -> Statistics:
@@ -137,7 +152,8 @@ class _Reader:
             self.moments("outputs"), self.tensors["outputs.fisher"], self.tensors["outputs.softmax"]
         )
         stages = tuple(self.stage(number) for number in range(num_stages))
-        return Statistics(self.tensors["counts"], self.moments("inputs"), stages, outputs)
+        inputs = self.moments("inputs") if "inputs.mean" in self.tensors else None
+        return Statistics(self.tensors["counts"], inputs, stages, outputs)
 
 
 def _named(name: str, moments: Moments) -> dict[str, Any]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from pushforward.errors import DataError, OptionError, ShapeError
+from pushforward.errors import DataError, OptionError, ShapeError, UnsupportedLayerError
 from pushforward.function_space.components import cluster_inputs, label_components
+from pushforward.function_space.layer_statistics import LayerStatistics
 from pushforward.function_space.metrics import Metric, discrepancy
 from pushforward.function_space.network import ReferenceNetwork
 from pushforward.function_space.probes import NUM_PROBES, probe
-from pushforward.function_space.statistics import Statistics, batch_statistics
+from pushforward.function_space.statistics import batch_statistics, walk
 from pushforward.function_space.summary import FunctionSummary, InputMoments, of_low_rank
+from pushforward.function_space.token_law import TokenLaw
+from pushforward.networks.batches import Inputs, Table
 from pushforward.networks.data import Examples
 from pushforward.runs.progress import track
 from pushforward.typing import Params
@@ -48,7 +52,8 @@ def summarize(
         The network; evaluation mode is assumed for dropout and BatchNorm, whatever its mode.
     data
         Inputs ``(N, ...)``, a pair of inputs and targets, or a loader, in a fixed order and without
-        augmentation.
+        augmentation. Inputs that are whole numbers, or mappings with ``input_ids``, are sequences
+        of tokens, of which counts of neighbours are kept.
     classes
         Keep moments for each class apart: ``"targets"``, or a label for each example. The cost of
         an estimate grows with their number, and so does its accuracy.
@@ -59,7 +64,8 @@ def summarize(
         ``r`` (``d r + d``).
     layer_moments
         Whether to keep means, covariances and pairs of gates for every layer too, for the
-        estimator ``"anchored"``: ``2 n^2`` numbers for a layer of ``n`` units.
+        estimator ``"anchored"``: ``2 n^2`` numbers for a layer of ``n`` units. Of a network that
+        is no chain of layers and activations: mean and variance of every unit.
     batch_size
         Examples at a time.
     seed
@@ -80,60 +86,100 @@ def summarize(
         For data that are empty, shuffled, augmented or not finite, and labels that do not fit.
     ShapeError
         When the network does not take the inputs.
-    UnsupportedLayerError
-        For a layer that cannot be read.
     NetworkError
         For weights that are not finite.
     """
     _check_options(classes, clusters, input_moments, batch_size)
     examples = Examples.read(data, name="data", targets=False)
     first = examples.select(torch.zeros(1, dtype=torch.long)).inputs
-    if not isinstance(first, Tensor) or not first.is_floating_point():
-        raise DataError(
-            "the inputs are no floating-point tensor",
-            where="data",
-            advice="Summarise the network behind its embedding: its moments are of numbers.",
-        )
-    reference = ReferenceNetwork.of(net, tuple(first.shape[1:]))
+    numbers = isinstance(first, Tensor) and first.is_floating_point()
+    shape = tuple(first.shape[1:]) if isinstance(first, Tensor) else ()
+    reference = ReferenceNetwork.of(net, shape)
+    chain = numbers and _is_chain(reference)
+    if chain:
+        _check_widths(reference, layer_moments=layer_moments)
     components = _components(examples, classes, clusters, seed)
-    _check_widths(reference, layer_moments=layer_moments)
-    probes = [probe(reference, number) for number in range(NUM_PROBES)]
-    total: Statistics | None = None
-    distances = torch.zeros(NUM_PROBES, len(get_args(Metric)), dtype=torch.float64)
     count = int(components.max()) + 1
+    probes = [probe(reference, number) for number in range(NUM_PROBES)]
+    parts: list[FunctionSummary] = []
     with torch.no_grad(), track(len(examples), "Summarising", enabled=progress) as advance:
         for batch in examples.batches(batch_size):
-            inputs = batch.inputs
-            assert isinstance(inputs, Tensor)
-            inputs = inputs.to(reference.device, reference.dtype)
+            own = components[batch.indices]
+            inputs = _moved(batch.inputs, reference)
+            rows = inputs.flatten(1).double() if isinstance(inputs, Tensor) and numbers else None
+            old = reference.outputs(reference.tensors, inputs)
             statistics = batch_statistics(
-                reference.graph,
-                inputs.flatten(1).double(),
-                components[batch.indices].to(reference.device),
+                own.to(reference.device),
                 count,
+                old.double(),
+                rows=rows,
+                stages=walk(reference.graph, rows) if chain and rows is not None else (),
                 full=input_moments != "diagonal",
                 layers=layer_moments,
             )
-            total = statistics if total is None else total + statistics
-            distances += _probed(reference, probes, inputs)
+            part = FunctionSummary(
+                reference,
+                statistics,
+                "diagonal" if input_moments == "diagonal" else "full",
+                _probed(reference, probes, inputs, old) / len(batch),
+                () if numbers else _token_laws(batch.inputs, own, count),
+                LayerStatistics.of(reference, inputs) if layer_moments and not chain else None,
+            )
+            parts = [parts[0] + part] if parts else [part]
             advance(len(batch))
-    assert total is not None
-    if isinstance(input_moments, int):
-        total = Statistics(
-            total.counts, of_low_rank(total.inputs, input_moments), total.stages, total.outputs
+    total = parts[0]
+    moments = total.statistics.inputs
+    if isinstance(input_moments, int) and moments is not None:
+        low = replace(total.statistics, inputs=of_low_rank(moments, input_moments))
+        total = replace(total, statistics=low, input_moments=input_moments)
+    return total
+
+
+def _is_chain(reference: ReferenceNetwork) -> bool:
+    """Whether closed forms can read the network; its inputs can be drawn in any case."""
+    try:
+        _ = reference.graph
+    except UnsupportedLayerError:
+        return False
+    return True
+
+
+def _moved(inputs: Inputs, reference: ReferenceNetwork) -> Inputs:
+    def move(column: Tensor) -> Tensor:
+        kind = reference.dtype if column.is_floating_point() else column.dtype
+        return column.to(reference.device, kind)
+
+    return Table(inputs, None).map(move).inputs
+
+
+def _token_laws(
+    inputs: Inputs, components: Int64[Tensor, " B"], count: int
+) -> tuple[TokenLaw, ...]:
+    if count > 1:
+        raise OptionError(
+            "tokens are summarised in one component",
+            where="classes",
+            advice="Summarise each class of token sequences by itself.",
         )
-    return FunctionSummary(reference, total, input_moments, distances / len(examples))
+    del components
+    if isinstance(inputs, tuple):
+        raise DataError(
+            "the inputs are several tensors",
+            where="data",
+            advice="Give one tensor, or a mapping with input_ids and attention_mask.",
+        )
+    return (TokenLaw.of(inputs, order="bigram"),)
 
 
 def _probed(
-    reference: ReferenceNetwork, probes: list[Params], inputs: Tensor
+    reference: ReferenceNetwork, probes: list[Params], inputs: Inputs, old: Float[Tensor, "B K"]
 ) -> Float[Tensor, "probes metrics"]:
     """Summed discrepancies of perturbed weights over a batch."""
-    old = reference.outputs(reference.tensors, inputs).double()
     rows = []
     for weights in probes:
         new = reference.outputs(weights, inputs).double()
-        rows.append(torch.stack([discrepancy(old, new, m).sum() for m in get_args(Metric)]))
+        sums = [discrepancy(old.double(), new, m).sum() for m in get_args(Metric)]
+        rows.append(torch.stack(sums))
     return torch.stack(rows).cpu()
 
 

@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import sqrt
 from time import perf_counter
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -14,30 +13,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pushforward.errors import OptionError, ResourceError, WeightsError
-from pushforward.function_space.anchored import AnchoredStep, anchored_values, push_anchored
-from pushforward.function_space.chain import Change, Moments, affine_changes
-from pushforward.function_space.gated import GatedStep, Gates, gated_values, push_gated
-from pushforward.function_space.metrics import Metric, check_metric, discrepancy
-from pushforward.function_space.network import Other, ReferenceNetwork, select_outputs
-from pushforward.function_space.output_change import mean_discrepancy
+from pushforward.errors import OptionError, WeightsError
+from pushforward.function_space.chain import Moments
+from pushforward.function_space.estimators import DEFAULT, Estimator, Estimators
+from pushforward.function_space.layer_statistics import LayerStatistics
+from pushforward.function_space.metrics import Metric, check_metric
+from pushforward.function_space.network import Other, ReferenceNetwork
 from pushforward.function_space.probes import NUM_PROBES, probe
-from pushforward.function_space.published import published_values, push_published, with_jitter
-from pushforward.function_space.sampled import sampled_outputs
 from pushforward.function_space.statistics import Statistics
-from pushforward.networks.graph import NetworkGraph
+from pushforward.function_space.token_law import TokenLaw
 from pushforward.runs.estimate import Check, Cost, Estimate
 from pushforward.runs.plan import format_bytes
-from pushforward.runs.rng import stream
-from pushforward.typing import Params
 
-__all__ = ["Estimator", "FunctionSummary", "InputMoments"]
+__all__ = ["FunctionSummary", "InputMoments", "of_low_rank"]
 
-Estimator: TypeAlias = Literal["gated", "gaussian", "anchored", "reference", "sampled", "synthetic"]
 InputMoments: TypeAlias = Literal["full", "diagonal"] | int
-_WIDEST = 1024  # units of a stage, beyond which sampling is the default
-_TOO_WIDE = 8192  # and beyond which covariances are not formed at all
-_NUM_SAMPLES = 1024
+_NUM_SAMPLES = 2048
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,6 +48,11 @@ class FunctionSummary:
     probe_distances
         True mean discrepancy of the weights of `pushforward.function_space.probes.probe`,
         ``(probes, metrics)``: from them `estimate` takes its error.
+    tokens
+        For inputs that are whole numbers their law in each component, which has the place of
+        moments.
+    layers
+        Mean and variance of the units of a network that is no chain of stages, if kept.
 
     Examples
     --------
@@ -71,6 +67,8 @@ class FunctionSummary:
     statistics: Statistics
     input_moments: InputMoments
     probe_distances: Tensor
+    tokens: tuple[TokenLaw, ...] = ()
+    layers: LayerStatistics | None = None
 
     # --- what it is ------------------------------------------------------------------------------
 
@@ -92,31 +90,31 @@ class FunctionSummary:
     @property
     def layer_moments(self) -> bool:
         """Whether moments of the activations were kept, which ``anchored`` needs."""
-        return all(stage.layer is not None for stage in self.statistics.stages)
+        stages = self.statistics.stages
+        return self.layers is not None or any(stage.layer is not None for stage in stages)
 
     @cached_property
     def sizes(self) -> dict[str, int]:
         """Numbers that are kept, by what they are; the weights are those of the network."""
-        inputs = self.statistics.inputs
-        components, width = inputs.mean.shape
-        covariance = inputs.covariance.numel()
+        inputs, stages = self.statistics.inputs, self.statistics.stages
+        mean = 0 if inputs is None else inputs.mean.numel()
+        covariance = 0 if inputs is None else inputs.covariance.numel()
         if isinstance(self.input_moments, int):
-            covariance = components * width * (self.input_moments + 1)
-        stages = self.statistics.stages
-        units = [g.units for s in self.reference.graph.stages for g in s.groups if not g.carried]
-        count = components * sum(u.stop - u.start for u in units)
+            covariance = mean * (self.input_moments + 1)
+        chain = self.reference.graph.stages if stages else ()
+        count = self.num_components * sum(stage.width for stage in chain)
         same = all(torch.equal(s.gate_mean, s.gate_square) for s in stages)
         layers = sum(
-            s.layer.mean.numel() + s.layer.covariance.numel() + s.coactivation.numel()
-            for s in stages
-            if s.layer is not None and s.coactivation is not None
+            s.layer.mean.numel() + s.layer.covariance.numel() for s in stages if s.layer is not None
         )
+        layers += 0 if self.layers is None else self.layers.num_bytes // 8
         outputs = self.statistics.outputs
         kept = (outputs.moments.mean, outputs.moments.covariance, outputs.fisher, outputs.softmax)
         sizes = {
             "weights": self.reference.num_parameters,
-            "input mean": inputs.mean.numel(),
+            "input mean": mean,
             "input covariance": covariance,
+            "token counts": sum(law.num_bytes // 8 for law in self.tokens),
             "gates": count if same else 2 * count,
             "layers": layers,
             "outputs": sum(t.numel() for t in kept),
@@ -138,6 +136,12 @@ class FunctionSummary:
             f"  numbers: {numbers}\n"
             f"  {format_bytes(self.num_bytes)} besides the weights; no example is kept"
         )
+
+    def plot(self, metric: Metric = "euclidean", estimator: Estimator | None = None) -> Any:
+        """Estimate over truth on the weights for which the truth was kept; see `calibration`."""
+        from pushforward.function_space.plots import plot_calibration
+
+        return plot_calibration(self, metric, estimator)
 
     def to_dict(self) -> dict[str, Any]:
         """What it holds, without the numbers themselves.
@@ -176,14 +180,18 @@ class FunctionSummary:
                 )
         share = other.num_examples / (self.num_examples + other.num_examples)
         statistics = self.statistics + other.statistics
-        if isinstance(self.input_moments, int):
-            statistics = replace(
-                statistics, inputs=of_low_rank(statistics.inputs, self.input_moments)
-            )
+        if isinstance(self.input_moments, int) and statistics.inputs is not None:
+            low = of_low_rank(statistics.inputs, self.input_moments)
+            statistics = replace(statistics, inputs=low)
+        layers = None
+        if self.layers is not None and other.layers is not None:
+            layers = self.layers + other.layers
         return replace(
             self,
             statistics=statistics,
             probe_distances=torch.lerp(self.probe_distances, other.probe_distances, share),
+            tokens=tuple(a + b for a, b in zip(self.tokens, other.tokens, strict=True)),
+            layers=layers,
         )
 
     # --- files -----------------------------------------------------------------------------------
@@ -228,13 +236,6 @@ class FunctionSummary:
 
     # --- distances -------------------------------------------------------------------------------
 
-    @property
-    def default_estimator(self) -> Estimator:
-        """What `distance` uses unless told."""
-        if self._widest > _WIDEST:
-            return "synthetic"
-        return "anchored" if self.layer_moments else "gaussian"
-
     def distance(
         self,
         other: Other,
@@ -257,16 +258,15 @@ class FunctionSummary:
         estimator
             ``"gaussian"``: closed form, pre-activations and their changes jointly Gaussian in every
             layer. ``"gated"``: closed form of independent gates with the frequencies of the data.
-            ``"anchored"``: the same with pairs of gates, brought back to the moments of the data
-            behind every layer (needs ``layer_moments=True``). ``"reference"``: the published
+            ``"anchored"``: the Gaussian one, brought back to the moments of the data behind every
+            layer (needs ``layer_moments=True``). ``"reference"``: the published
             estimator. ``"sampled"``: random gates on random inputs. ``"synthetic"``: both networks
-            themselves, on random inputs with the moments of the data. Default: ``"anchored"`` if it
-            can be, else ``"gaussian"``, and ``"synthetic"`` for layers of more than 1,024 units.
+            themselves, on random inputs with the moments of the data; the default.
         outputs
             Numbers of the outputs that count, such as one head's; default all.
         num_samples
-            Draws in each component, where there are any. The same `seed` gives the same draws, so
-            that two distances can be compared.
+            Draws, where there are any, of all components together. The same `seed` gives the same
+            draws, so that two distances can be compared.
         seed
             Of the draws.
 
@@ -290,7 +290,7 @@ class FunctionSummary:
         ResourceError
             When a closed form would need covariances of layers that are too wide.
         """
-        values, _ = self._components(
+        values, _ = self._estimators.components(
             other,
             metric=metric,
             estimator=estimator,
@@ -327,9 +327,9 @@ class FunctionSummary:
             Without a gradient.
         """
         start = perf_counter()
-        chosen = estimator or self.default_estimator
+        chosen = estimator or DEFAULT
         with torch.no_grad():
-            values, spread = self._components(
+            values, spread = self._estimators.components(
                 other,
                 metric=metric,
                 estimator=chosen,
@@ -366,7 +366,7 @@ class FunctionSummary:
             One number for each probe that has a distance at all.
         """
         check_metric(metric)
-        chosen = estimator or self.default_estimator
+        chosen = estimator or DEFAULT
         known = self._calibrations.get((metric, chosen))
         if known is None:
             column = self.probe_distances[:, list(get_args(Metric)).index(metric)]
@@ -382,162 +382,12 @@ class FunctionSummary:
         return known
 
     @cached_property
+    def _estimators(self) -> Estimators:
+        return Estimators(self.reference, self.statistics, self.tokens, self.layers)
+
+    @cached_property
     def _calibrations(self) -> dict[tuple[str, str], Tensor]:
         return {}
-
-    def _components(
-        self,
-        other: Other,
-        *,
-        metric: Metric,
-        estimator: Estimator | None,
-        outputs: slice | Sequence[int] | Tensor | None,
-        num_samples: int,
-        seed: int,
-    ) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
-        """Mean discrepancy of each component and its standard error from the draws."""
-        check_metric(metric)
-        estimator = estimator or self.default_estimator
-        if estimator not in get_args(Estimator):
-            raise OptionError(
-                f"unknown estimator {estimator!r}",
-                where="estimator",
-                advice=f"Choose one of {', '.join(get_args(Estimator))}.",
-            )
-        if num_samples < 2:
-            raise OptionError(
-                f"{num_samples!r} draws", where="num_samples", advice="Give two or more."
-            )
-        chosen = select_outputs(self.reference.graph.output_features, outputs)
-        tensors = self.reference.tensors_of(other)
-        if estimator == "synthetic":
-            return self._synthetic(tensors, metric, chosen, num_samples, seed)
-        graph = self.reference.graph_of(tensors)
-        if estimator == "sampled":
-            rows = self._drawn_inputs(num_samples, seed)
-            generator = stream(seed, "function-space gates", device=rows.device)
-            old, moved = sampled_outputs(self.reference.graph, graph, rows, self._gates, generator)
-            each = discrepancy(_pick(old, chosen), _pick(old + moved, chosen), metric)
-            return each.mean(1), each.std(1) / sqrt(each.shape[1])
-        change, closure = self._closed_form(graph, estimator)
-        values = mean_discrepancy(
-            change,
-            closure,
-            self.statistics.outputs,
-            metric,
-            chosen=chosen,
-            moved=not self.reference.unchanged(tensors),
-            num_samples=num_samples,
-            seed=seed,
-        )
-        return values, torch.zeros_like(values)
-
-    def _closed_form(self, graph: NetworkGraph, estimator: Estimator) -> tuple[Change, Moments]:
-        """Moments of the change of the outputs, and of the outputs as the closed form has them."""
-        if self._widest > _TOO_WIDE:
-            raise ResourceError(
-                f"a layer has {self._widest:,} units, whose covariances take "
-                f"{format_bytes(8 * self._widest**2 * self.num_components)} each",
-                where=f"estimator={estimator!r}",
-                advice='Use estimator="synthetic" or "sampled", which form none.',
-            )
-        own, inputs = self.reference.graph, self._inputs
-        if estimator == "gated":
-            steps = self._gated_steps
-            return push_gated(own, graph, inputs, steps), self._outputs_of(steps, inputs)
-        if estimator == "reference":
-            jittered, published = with_jitter(inputs), self._published_steps
-            pushed = push_published(own, graph, jittered, published)
-            return pushed, self._outputs_of(published, jittered)
-        if estimator == "anchored":
-            if not self.layer_moments:
-                raise OptionError(
-                    "this summary has no moments of the layers",
-                    where='estimator="anchored"',
-                    advice="Make it with pf.summarize(..., layer_moments=True).",
-                )
-            anchored = self._anchored_steps
-            return push_anchored(own, graph, inputs, anchored), self._outputs_of(anchored, inputs)
-        from pushforward.function_space.gaussian import push_gaussian
-
-        prepared = self._gaussian_steps
-        return push_gaussian(own, graph, inputs, prepared), self._outputs_of(prepared, inputs)
-
-    def _outputs_of(self, steps: Sequence[Any], inputs: Moments) -> Moments:
-        values = steps[-1].after if steps else inputs
-        own = self.reference.graph
-        return affine_changes(own, own)[1].push(values)
-
-    def _synthetic(
-        self, tensors: Params, metric: Metric, chosen: Tensor | None, num_samples: int, seed: int
-    ) -> tuple[Tensor, Tensor]:
-        rows = self._drawn_inputs(num_samples, seed)
-        flat = rows.flatten(0, 1).to(self.reference.dtype)
-        inputs = flat.unflatten(1, self.reference.event_shape)
-        with torch.no_grad():
-            old = self.reference.outputs(self.reference.tensors, inputs)
-        new = self.reference.outputs(tensors, inputs)
-        each = discrepancy(_pick(old, chosen), _pick(new, chosen), metric)
-        each = each.double().unflatten(0, rows.shape[:2])
-        return each.mean(1), each.std(1) / sqrt(each.shape[1])
-
-    def _drawn_inputs(self, num_samples: int, seed: int) -> Float[Tensor, "c s d"]:
-        """Gaussian inputs of each component, in antithetic pairs."""
-        mean, factor = self._inputs.mean, self._input_factor
-        generator = stream(seed, "function-space inputs", device=mean.device)
-        half = (len(mean), -(-num_samples // 2), mean.shape[1])
-        draws = torch.randn(half, generator=generator, dtype=mean.dtype, device=mean.device)
-        normals = torch.cat([draws, -draws], dim=1)[:, :num_samples]
-        spread = normals * factor.unsqueeze(1) if factor.dim() == 2 else normals @ factor.mT
-        return mean.unsqueeze(1) + spread
-
-    # --- what depends on the reference alone, made once ------------------------------------------
-
-    @cached_property
-    def _widest(self) -> int:
-        """Entries of the largest state a closed form would need the covariance of."""
-        graph = self.reference.graph
-        states = [stage.affine.linear.out_features for stage in graph.stages]
-        return max([graph.input_features, *states])
-
-    @cached_property
-    def _inputs(self) -> Moments:
-        """With a whole covariance."""
-        inputs = self.statistics.inputs
-        if inputs.covariance.dim() == 3:
-            return inputs
-        return Moments(inputs.mean, torch.diag_embed(inputs.covariance))
-
-    @cached_property
-    def _input_factor(self) -> Tensor:
-        """Standard deviations ``(c, d)``, or ``L`` with ``L L^T`` the covariance ``(c, d, d)``."""
-        covariance = self.statistics.inputs.covariance
-        if covariance.dim() == 2:
-            return covariance.clamp(min=0).sqrt()
-        values, vectors = torch.linalg.eigh(covariance)
-        return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
-
-    @cached_property
-    def _gates(self) -> tuple[Gates, ...]:
-        return tuple(Gates(s.gate_mean, s.gate_square) for s in self.statistics.stages)
-
-    @cached_property
-    def _gated_steps(self) -> tuple[GatedStep, ...]:
-        return gated_values(self.reference.graph, self._inputs, self._gates)
-
-    @cached_property
-    def _published_steps(self) -> tuple[GatedStep, ...]:
-        return published_values(self.reference.graph, with_jitter(self._inputs), self._gates)
-
-    @cached_property
-    def _anchored_steps(self) -> tuple[AnchoredStep, ...]:
-        return anchored_values(self.reference.graph, self._inputs, self.statistics.stages)
-
-    @cached_property
-    def _gaussian_steps(self) -> Any:
-        from pushforward.function_space.gaussian import gaussian_values
-
-        return gaussian_values(self.reference.graph, self._inputs)
 
     def _dtype_of(self, other: Other) -> torch.dtype:
         tensors = other.parameters() if isinstance(other, nn.Module) else other.values()
@@ -565,10 +415,6 @@ def of_low_rank(inputs: Moments, rank: int) -> Moments:
     low = factor @ factor.mT
     rest = (inputs.covariance - low).diagonal(dim1=-2, dim2=-1).clamp(min=0)
     return Moments(inputs.mean, low + torch.diag_embed(rest))
-
-
-def _pick(rows: Tensor, chosen: Tensor | None) -> Tensor:
-    return rows if chosen is None else rows[..., chosen.to(rows.device)]
 
 
 def _calibration_check(relative: float, ratios: Tensor) -> Check:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pushforward.errors import NetworkError, UnsupportedLayerError
 from pushforward.gaussians.activations import Activation, identity
@@ -138,7 +138,9 @@ class NetworkGraph:
         ) and not any(bool(affine.bias.any()) for affine in affines)
 
 
-def read_network(net: nn.Module, event_shape: tuple[int, ...]) -> NetworkGraph:
+def read_network(
+    net: nn.Module, event_shape: tuple[int, ...], traced: fx.Graph | None = None
+) -> NetworkGraph:
     """Read a module as a chain of affine maps and activations.
 
     The weights are not copied out of autograd: what is computed from the graph is differentiable
@@ -150,6 +152,9 @@ def read_network(net: nn.Module, event_shape: tuple[int, ...]) -> NetworkGraph:
         Any module that torch.fx can trace and whose layers are known.
     event_shape
         Shape of one input example, without the batch dimension.
+    traced
+        From `pushforward.networks.tracing.trace`, where the network is read again and again with
+        other weights.
 
     Returns
     -------
@@ -174,7 +179,7 @@ def read_network(net: nn.Module, event_shape: tuple[int, ...]) -> NetworkGraph:
         )
     dtype, device = _common_dtype_and_device(net)
     _check_finite(net)
-    atoms, output = trace_forms(net, tuple(event_shape), device)
+    atoms, output = trace_forms(net, tuple(event_shape), device, traced)
     return _lower(atoms, output, dtype, device)
 
 

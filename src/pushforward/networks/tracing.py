@@ -10,7 +10,7 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from pushforward.errors import NetworkError, ShapeError, UnsupportedLayerError
-from pushforward.gaussians.activations import Activation
+from pushforward.gaussians.activations import Activation, identity
 from pushforward.networks.activations import (
     activation_of_call,
     activation_of_module,
@@ -34,12 +34,21 @@ from pushforward.networks.linear_maps import (
     add,
     compose,
 )
+from pushforward.networks.pooling import (
+    MaxPooling,
+    PairMaxima,
+    gathered,
+    is_increasing,
+    max_pooling_of_call,
+    max_pooling_of_module,
+    pair_maxima,
+)
 
-__all__ = ["Atom", "Form", "trace_forms"]
+__all__ = ["Atom", "Form", "trace", "trace_forms"]
 
 _LINEAR_MODULES = (
-    "Linear, Conv1d-3d, AvgPool1d-3d, AdaptiveAvgPool1d-3d, BatchNorm1d-3d and Dropout in eval "
-    "mode, Flatten, Unflatten, Identity"
+    "Linear, Conv1d-3d, AvgPool1d-3d, AdaptiveAvgPool1d-3d, MaxPool1d-3d, AdaptiveMaxPool1d-3d, "
+    "BatchNorm1d-3d and Dropout in eval mode, Flatten, Unflatten, Identity"
 )
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -117,31 +126,23 @@ class Atom:
     form: Form | None
 
 
-def trace_forms(
-    net: nn.Module, event_shape: tuple[int, ...], device: torch.device
-) -> tuple[list[Atom], Form]:
-    """Trace a module and give its output as an affine form of atoms.
+def trace(net: nn.Module) -> fx.Graph:
+    """Trace a module; what comes out holds for any weights of it.
 
     Parameters
     ----------
     net
         The module.
-    event_shape
-        Of one input example.
-    device
-        Of its parameters.
 
     Returns
     -------
-    atoms
-        The input first, then the output of each activation.
-    output
-        Of the network.
+    fx.Graph
+        Without values that nothing uses.
 
     Raises
     ------
     UnsupportedLayerError
-        When torch.fx cannot trace the module, or a layer has no rule.
+        When torch.fx cannot trace the module.
     """
     _refuse_hooks(net)
     try:
@@ -157,9 +158,43 @@ def trace_forms(
     for node in reversed(traced.nodes):
         if not node.users and node.op not in {"placeholder", "output"}:
             traced.erase_node(node)
+    return traced
+
+
+def trace_forms(
+    net: nn.Module,
+    event_shape: tuple[int, ...],
+    device: torch.device,
+    traced: fx.Graph | None = None,
+) -> tuple[list[Atom], Form]:
+    """Trace a module and give its output as an affine form of atoms.
+
+    Parameters
+    ----------
+    net
+        The module.
+    event_shape
+        Of one input example.
+    device
+        Of its parameters.
+    traced
+        From `trace`, if it is at hand: tracing takes longer than reading.
+
+    Returns
+    -------
+    atoms
+        The input first, then the output of each activation.
+    output
+        Of the network.
+
+    Raises
+    ------
+    UnsupportedLayerError
+        When torch.fx cannot trace the module, or a layer has no rule.
+    """
     with torch.device(device):
         reader = _Reader(net, event_shape, device)
-        output = reader.run(traced)
+        output = reader.run(trace(net) if traced is None else traced)
     return reader.atoms, output
 
 
@@ -254,6 +289,11 @@ class _Reader:
             return self.convolution(path, module, form)
         if isinstance(module, _POOLINGS):
             return self.structured(path, type(module).__name__, module.forward, form)
+        max_pooling = max_pooling_of_module(module)
+        if max_pooling is not None:
+            return self.max_pooled(path, type(module).__name__, max_pooling, form)
+        if getattr(module, "return_indices", False):
+            raise self.unsupported(path, type(module).__name__, "it returns indices")
         if isinstance(module, nn.Flatten):
             return self.reshaped(path, "Flatten", form, module)
         if isinstance(module, nn.Unflatten):
@@ -364,6 +404,9 @@ class _Reader:
             if target in {functional.linear} and isinstance(rest[0] if rest else None, Tensor):
                 bias = kwargs.get("bias", rest[1] if len(rest) > 1 else None)
                 return self.linear(name, first, rest[0], bias)
+            max_pooling = max_pooling_of_call(target, rest, kwargs)
+            if max_pooling is not None:
+                return self.max_pooled(name, label, max_pooling, first)
             if target in _RESHAPES:
                 return self.reshape_call(name, target, label, first, rest, kwargs)
             if target in _LINEAR_FUNCTIONS:
@@ -448,6 +491,51 @@ class _Reader:
         maps: dict[int, LinearMap] = {len(self.atoms) - 1: Identity(size)}
         return Form(maps, torch.zeros_like(form.bias), form.shape, name)
 
+    def max_pooled(self, name: str, label: str, pooling: MaxPooling, form: Form) -> Form:
+        shape = tuple(self.image(name, label, pooling.function, form).shape[1:])
+        before = len(form.shape) - pooling.dimensions
+        plans = {}
+        for axis in range(before, len(form.shape)):
+            windows = pooling.windows(axis - before, form.shape[axis], shape[axis])
+            if not all(windows):
+                raise self.unsupported(name, label, "one of its windows holds nothing but padding")
+            plans[axis] = pair_maxima(windows)
+        # max(phi(z)) = phi(max(z)) for an increasing phi, which has fewer units to act on then,
+        # and values closer to Gaussian to compare.
+        activation, form = self.before_increasing(form)
+        # What shrinks most goes first: the other axes then have fewer maxima to take.
+        levels = 0
+        for axis in sorted(plans, key=lambda axis: shape[axis] / form.shape[axis]):
+            for level in plans[axis][0]:
+                levels += 1
+                form = self.pair_maxima(f"{name}.{levels}", form, axis, level)
+            gather = gathered(form.shape, axis, plans[axis][1], self.device)
+            form = self.mapped(name, form, gather, None, gather.out_shape)
+        if activation is None:
+            return form
+        return self.activate(name, activation, replace(form, name=f"{name}.max"))
+
+    def before_increasing(self, form: Form) -> tuple[Activation | None, Form]:
+        """An increasing activation and what it acts on, if a value is its output as it is."""
+        if len(form.maps) == 1 and not _matters(form.bias):
+            (source, linear), *_ = form.maps.items()
+            atom = self.atoms[source]
+            if isinstance(linear, Identity) and atom.form and is_increasing(atom.activation):
+                return atom.activation, replace(atom.form, shape=form.shape)
+        return None, form
+
+    def pair_maxima(self, name: str, form: Form, axis: int, level: PairMaxima) -> Form:
+        """``max(a, b) = a + relu(b - a)``, with ``a`` carried beside the units of the ReLU."""
+        maps = level.maps(form.shape, axis, self.device)
+        kept = self.mapped(form.name, form, maps.first, None, maps.first.out_shape)
+        steps = self.mapped(f"{name}.difference", form, maps.steps, None, maps.steps.out_shape)
+        relu = activation_of_module(nn.ReLU())
+        assert relu is not None
+        gains = self.activate(f"{name}.gain", relu, steps)
+        # Carried as entries of their own: what they are gathered from need not be kept then.
+        kept = self.activate("", identity(), kept)
+        return self.summed(name, kept, self.mapped(name, gains, maps.place, None, kept.shape))
+
     def mapped(
         self,
         name: str,
@@ -471,9 +559,11 @@ class _Reader:
         bias = form.bias * factor if _matters(form.bias) else self.zeros(form.bias.numel())
         return Form(maps, bias if offset is None else bias + offset, form.shape, name)
 
-    def structured(
+    def image(
         self, name: str, label: str, function: Callable[[Tensor], Tensor], form: Form
-    ) -> Form:
+    ) -> Tensor:
+        """What a function makes of a batch of two zeros, checked to keep examples apart."""
+
         def image(batch: int) -> Tensor:
             probe = torch.zeros(batch, *form.shape, dtype=torch.float64, device=self.device)
             try:
@@ -487,9 +577,15 @@ class _Reader:
 
         # Two sizes of batch, so that no dimension of the features passes for the batch.
         two, three = image(2), image(3)
-        shape = tuple(two.shape[1:])
-        if (*two.shape[:1], *three.shape) != (2, 3, *shape):
+        if (*two.shape[:1], *three.shape) != (2, 3, *two.shape[1:]):
             raise self.unsupported(name, label, "it mixes or drops the batch dimension")
+        return two
+
+    def structured(
+        self, name: str, label: str, function: Callable[[Tensor], Tensor], form: Form
+    ) -> Form:
+        two = self.image(name, label, function, form)
+        shape = tuple(two.shape[1:])
         offset = two[0] if bool(two.any()) else None  # padding with a value is not linear
 
         def linear_part(x: Tensor) -> Tensor:

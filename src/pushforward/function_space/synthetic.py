@@ -1,0 +1,650 @@
+"""Distances on synthetic inputs, for any architecture: both networks run, nothing is linearised.
+
+Inputs are drawn from a stored law: Gaussians for continuous inputs, a Markov chain for tokens. Both
+sets of weights see the same ones, through their true nonlinearities, so every covariance between
+the activations and their differences is there, including those that a propagation of moments
+through expected Jacobians leaves out. Where moments of layers were stored, activations can be
+re-anchored to them on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pushforward.errors import LawError, OptionError, ShapeError
+from pushforward.function_space.layer_statistics import (
+    LayerStatistics,
+    same_arithmetic,
+    weighted_leaves,
+    with_leaf_outputs,
+)
+from pushforward.function_space.metrics import Metric, discrepancy
+from pushforward.function_space.network import ReferenceNetwork, select_outputs
+from pushforward.function_space.token_law import TokenLaw
+from pushforward.networks.batches import Inputs, Table
+from pushforward.runs.rng import stream
+from pushforward.typing import Params
+
+__all__ = [
+    "SyntheticDistance",
+    "SyntheticInputs",
+    "SyntheticRun",
+    "allocate",
+    "draw_gaussian",
+    "gaussian_inputs",
+    "synthetic_distance",
+    "token_inputs",
+]
+
+_CHUNK = 1024  # samples whose activations are held at once
+_LARGEST_SCALE = 10.0  # of a unit's spread by anchoring, and the inverse of the smallest
+_CONSTANT = 1e-12  # variance, relative to the second moment, below which a unit has none
+_INDEFINITE = 1e-6  # relative to the largest eigenvalue
+
+
+@dataclass(frozen=True, eq=False)
+class SyntheticInputs:
+    """Inputs drawn from a mixture of laws, the components one after the other.
+
+    Parameters
+    ----------
+    inputs
+        ``(n, ...)``, in any form that the network takes.
+    component
+        ``(n,)``: which component each is from.
+    weights
+        ``(c,)``, float64: probabilities of the components.
+    antithetic
+        Whether rows ``2 k`` and ``2 k + 1`` are reflections of each other.
+    """
+
+    inputs: Inputs
+    component: Int64[Tensor, " n"]
+    weights: Float64[Tensor, " c"]
+    antithetic: bool = False
+
+    def __post_init__(self) -> None:
+        if int(self.counts.min()) < (4 if self.antithetic else 2):
+            raise OptionError(
+                f"{self.counts.tolist()} samples of the components",
+                where="counts",
+                advice="Draw two of each at least, or four if antithetic: errors need a spread.",
+            )
+
+    @cached_property
+    def counts(self) -> Int64[Tensor, " c"]:
+        """Samples of each component."""
+        return torch.bincount(self.component.cpu(), minlength=len(self.weights))
+
+    @cached_property
+    def row_weights(self) -> Float64[Tensor, " n"]:
+        """Weight of each sample; they sum to one."""
+        return (self.weights.cpu() / self.counts)[self.component.cpu()]
+
+    def part(self, begin: int, end: int) -> Inputs:
+        """Inputs of some consecutive samples.
+
+        Parameters
+        ----------
+        begin, end
+            The first, and the one behind the last.
+
+        Returns
+        -------
+        Tensor, tuple or dict
+            Views.
+        """
+        return Table(self.inputs, None).map(lambda column: column[begin:end]).inputs
+
+    def component_means(self, rows: Float[Tensor, " n"]) -> Float[Tensor, " c"]:
+        """Mean within each component of one number a sample.
+
+        Parameters
+        ----------
+        rows
+            ``(n,)``.
+
+        Returns
+        -------
+        Tensor
+            ``(c,)``, differentiable.
+        """
+        sums = rows.new_zeros(len(self.weights)).index_add(0, self.component.to(rows.device), rows)
+        return sums / self.counts.to(rows)
+
+    def component_errors(self, rows: Float[Tensor, " n"]) -> Float64[Tensor, " c"]:
+        """Standard errors of these means.
+
+        Parameters
+        ----------
+        rows
+            ``(n,)``.
+
+        Returns
+        -------
+        Tensor
+            ``(c,)``, from the spread within each component, of pairs where samples are antithetic.
+            Where tokens are stratified they are too large rather than too small.
+        """
+        values, component = rows.detach().to("cpu", torch.float64), self.component.cpu()
+        if self.antithetic:
+            values, component = values.reshape(-1, 2).mean(1), component[::2]
+        count = torch.bincount(component, minlength=len(self.weights)).to(torch.float64)
+        mean = torch.zeros_like(count).index_add(0, component, values) / count
+        squares = (values - mean[component]).square()
+        spread = torch.zeros_like(count).index_add(0, component, squares) / (count - 1)
+        return (spread / count).sqrt()
+
+
+@dataclass(frozen=True, eq=False)
+class SyntheticDistance:
+    """A distance as a mean over synthetic inputs.
+
+    Parameters
+    ----------
+    value
+        Scalar in the dtype of the other weights, differentiable in them.
+    standard_error
+        Of `value`, of the sampling alone: how far the law of the inputs is from that of the data
+        it does not know.
+    component_values, component_errors
+        ``(c,)`` each: the same of each component of the law.
+    rows
+        ``(n,)``: the discrepancy of each sample.
+    """
+
+    value: Float[Tensor, ""]
+    standard_error: Float64[Tensor, ""]
+    component_values: Float[Tensor, " c"]
+    component_errors: Float64[Tensor, " c"]
+    rows: Float[Tensor, " n"]
+
+
+@dataclass(frozen=True, eq=False)
+class SyntheticRun:
+    """The reference network on synthetic inputs; distances of many other weights start from it.
+
+    Parameters
+    ----------
+    reference
+        The network.
+    sample
+        What it ran on.
+    anchors
+        By ``path#call``: scale and shift of every unit, without gradient.
+    outputs
+        ``(n, K)``: what came out, without gradient.
+    chunk
+        Samples run at once.
+    """
+
+    reference: ReferenceNetwork
+    sample: SyntheticInputs
+    anchors: Mapping[str, tuple[Tensor, Tensor]]
+    outputs: Float[Tensor, "n K"]
+    chunk: int
+
+    @classmethod
+    def of(
+        cls,
+        reference: ReferenceNetwork,
+        sample: SyntheticInputs,
+        *,
+        statistics: LayerStatistics | None = None,
+        chunk: int = _CHUNK,
+    ) -> SyntheticRun:
+        """Run the reference.
+
+        Parameters
+        ----------
+        reference
+            The network.
+        sample
+            Synthetic inputs, on its device.
+        statistics
+            Of the layers over the data: shift and scale every unit so that its mean and variance
+            over the sample are the stored ones, at most tenfold either way, except in the layer
+            called last, whose outputs are what distances are made of. The other network gets
+            the *same* shift and scale, so that equal activations stay equal and differences grow or
+            shrink with the unit. To find them the whole sample is run at once. No gain can be
+            counted on: see the notes.
+        chunk
+            Samples run at once, otherwise.
+
+        Returns
+        -------
+        SyntheticRun
+            Constant in the other weights.
+
+        Raises
+        ------
+        OptionError
+            If `chunk` is no positive number.
+
+        Notes
+        -----
+        Means and variances of units say nothing of how the units vary together, which is what
+        differences depend on as much. Anchored estimates were nearer to the truth for some trained
+        convolutional networks and transformers, and further from it for networks of random weights
+        and for perceptrons; so anchoring is not the default anywhere.
+        """
+        if chunk < 1:
+            raise OptionError(f"chunk={chunk}", where="chunk", advice="Give a positive number.")
+        anchors = {} if statistics is None else _anchors(reference, sample, statistics)
+        empty = torch.empty(0, 0)
+        bare = cls(reference, sample, anchors, empty, chunk)
+        with torch.no_grad():
+            rows = bare.outputs_of(reference.tensors)
+        return cls(reference, sample, anchors, rows, chunk)
+
+    def outputs_of(self, tensors: Params) -> Float[Tensor, "n K"]:
+        """Outputs with other weights, through the same anchors.
+
+        Parameters
+        ----------
+        tensors
+            From ``reference.tensors_of``.
+
+        Returns
+        -------
+        Tensor
+            ``(n, K)`` in the dtype of the reference, differentiable in the weights any number of
+            times. Of more samples than one chunk, activations are computed again on the way back
+            instead of being held.
+        """
+        own = self.reference.tensors
+        tensors = {name: tensor.to(own[name].dtype) for name, tensor in tensors.items()}
+        starts = range(0, len(self.sample.component), self.chunk)
+        again = (
+            len(starts) > 1
+            and torch.is_grad_enabled()
+            and any(tensor.requires_grad for tensor in tensors.values())
+        )
+        parts = []
+        for start in starts:
+            if again:
+                part = checkpoint(
+                    self._part, tensors, start, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                part = self._part(tensors, start)
+            parts.append(part)
+        return torch.cat(parts)
+
+    def distance(
+        self, tensors: Params, metric: Metric = "euclidean", outputs: Any = None
+    ) -> SyntheticDistance:
+        """How far other weights are.
+
+        Parameters
+        ----------
+        tensors
+            From ``reference.tensors_of``.
+        metric
+            Which discrepancy.
+        outputs
+            Numbers of the outputs that count; see `select_outputs`.
+
+        Returns
+        -------
+        SyntheticDistance
+            Exactly 0 at the weights of the reference.
+        """
+        old, new = self.outputs, self.outputs_of(tensors)
+        if self.reference.unchanged(tensors):
+            # Matrix products of equal numbers can differ in the last digit.
+            new = old + (new - new.detach())
+        chosen = select_outputs(old.shape[1], outputs)
+        if chosen is not None:
+            chosen = chosen.to(old.device)
+            old, new = old[:, chosen], new[:, chosen]
+        rows = discrepancy(old.to(new.dtype), new, metric)
+        values, errors = self.sample.component_means(rows), self.sample.component_errors(rows)
+        weights = self.sample.weights
+        value = (weights.to(values) * values).sum().to(_floating_dtype(tensors, values.dtype))
+        error = (weights.cpu() * errors).square().sum().sqrt()
+        return SyntheticDistance(value, error, values, errors, rows)
+
+    def _part(self, tensors: Params, start: int) -> Tensor:
+        inputs = self.sample.part(start, start + self.chunk)
+        with self._anchored():
+            return self.reference.outputs(tensors, inputs)
+
+    @contextmanager
+    def _anchored(self) -> Iterator[None]:
+        def anchor(name: str, output: Tensor) -> Tensor:
+            if name not in self.anchors:
+                return output
+            scale, shift = self.anchors[name]
+            return output * scale.to(output.dtype) + shift.to(output.dtype)
+
+        if self.anchors:
+            with with_leaf_outputs(self.reference.module, _paths(self.anchors), anchor):
+                yield
+        else:
+            with same_arithmetic():
+                yield
+
+
+def synthetic_distance(
+    reference: ReferenceNetwork,
+    tensors: Params,
+    inputs: SyntheticInputs,
+    metric: Metric = "euclidean",
+    outputs: Any = None,
+    *,
+    statistics: LayerStatistics | None = None,
+    chunk: int = _CHUNK,
+) -> SyntheticDistance:
+    """Distance of other weights from a network, on synthetic inputs.
+
+    For several other weights make one `SyntheticRun` and ask it for each `SyntheticRun.distance`:
+    the reference then runs once.
+
+    Parameters
+    ----------
+    reference
+        The network.
+    tensors
+        From ``reference.tensors_of``.
+    inputs
+        From `gaussian_inputs` or `token_inputs`.
+    metric
+        Which discrepancy.
+    outputs
+        Numbers of the outputs that count; see `select_outputs`.
+    statistics
+        Of the layers over the data, to anchor activations to; see `SyntheticRun.of`.
+    chunk
+        Samples run at once.
+
+    Returns
+    -------
+    SyntheticDistance
+        Value, standard error, and the discrepancy of each sample.
+    """
+    run = SyntheticRun.of(reference, inputs, statistics=statistics, chunk=chunk)
+    return run.distance(tensors, metric, outputs)
+
+
+def allocate(
+    weights: Float64[Tensor, " c"], num: int, *, antithetic: bool = False
+) -> Int64[Tensor, " c"]:
+    """How many samples each component gets.
+
+    Parameters
+    ----------
+    weights
+        ``(c,)``: probabilities.
+    num
+        Samples of all together.
+    antithetic
+        Whether numbers have to be even.
+
+    Returns
+    -------
+    Tensor
+        ``(c,)``: in proportion to the weights, rounded up, and enough for a standard error, so
+        that their sum can exceed `num`.
+
+    Raises
+    ------
+    LawError
+        When weights are no probabilities.
+    """
+    _check_weights(weights)
+    step = 2 if antithetic else 1
+    # The slack keeps 0.1 * 30 at 3 whatever its last digit.
+    counts = (weights.detach().cpu() * num / step - 1e-9).ceil().long() * step
+    return counts.clamp(min=2 * step)
+
+
+def draw_gaussian(
+    mean: Float64[Tensor, "c D"],
+    factor: Float64[Tensor, "c D r"],
+    counts: Int64[Tensor, " c"],
+    generator: torch.Generator,
+    *,
+    antithetic: bool = True,
+) -> tuple[Float64[Tensor, "n D"], Int64[Tensor, " n"]]:
+    """Draw from Gaussians.
+
+    Parameters
+    ----------
+    mean
+        ``(c, D)``: of each component.
+    factor
+        ``(c, D, r)``: factors ``F`` of the covariances ``F F^T``, of any rank.
+    counts
+        ``(c,)``: samples of each.
+    generator
+        On the CPU.
+    antithetic
+        Draw pairs that mirror each other at the mean, side by side; numbers of samples are then
+        even.
+
+    Returns
+    -------
+    samples : Tensor
+        ``(n, D)``, the components one after the other.
+    component : Tensor
+        ``(n,)``: which each is from.
+
+    Raises
+    ------
+    ShapeError
+        When shapes do not fit, or counts are odd where pairs are wanted.
+    """
+    fits = factor.shape[:2] == mean.shape and counts.shape == mean.shape[:1]
+    if not fits or (antithetic and bool((counts % 2 != 0).any())):
+        raise ShapeError(
+            f"mean {tuple(mean.shape)}, factor {tuple(factor.shape)}, counts {counts.tolist()}",
+            where="draw_gaussian",
+            advice="Give (c, D), (c, D, r) and c numbers, even ones for antithetic pairs.",
+        )
+    samples = []
+    for c, count in enumerate(counts.tolist()):
+        half = count // 2 if antithetic else count
+        noise = torch.randn(half, factor.shape[-1], generator=generator, dtype=torch.float64)
+        if antithetic:
+            noise = torch.stack([noise, -noise], 1).flatten(0, 1)
+        samples.append(mean[c].cpu() + noise @ factor[c].cpu().T)
+    return torch.cat(samples), torch.arange(len(counts)).repeat_interleave(counts.cpu())
+
+
+def gaussian_inputs(
+    reference: ReferenceNetwork,
+    mean: Float[Tensor, "c D"],
+    covariance: Float[Tensor, "c D D"] | Float[Tensor, "c D"],
+    weights: Float64[Tensor, " c"],
+    *,
+    num: int,
+    seed: int,
+    factor: Float[Tensor, "c D r"] | None = None,
+    antithetic: bool = True,
+) -> SyntheticInputs:
+    """Inputs of a network from a mixture of Gaussians.
+
+    Parameters
+    ----------
+    reference
+        The network, whose input has ``D`` entries.
+    mean
+        ``(c, D)``.
+    covariance
+        ``(c, D, D)``, or variances ``(c, D)`` alone.
+    weights
+        ``(c,)``: probabilities of the components.
+    num
+        Samples; see `allocate`.
+    seed
+        Of the samples.
+    factor
+        ``(c, D, r)``: low-rank part ``F F^T`` that is added to the covariance.
+    antithetic
+        Whether samples come in mirrored pairs.
+
+    Returns
+    -------
+    SyntheticInputs
+        ``(n, *event_shape)`` in the dtype of the network, on its device.
+    """
+    factors = _factor(covariance.detach().cpu().to(torch.float64))
+    if factor is not None:
+        factors = torch.cat([factors, factor.detach().cpu().to(torch.float64)], -1)
+    samples, component = draw_gaussian(
+        mean.detach().cpu().to(torch.float64),
+        factors,
+        allocate(weights, num, antithetic=antithetic),
+        stream(seed, "function_space", "synthetic", "gaussian"),
+        antithetic=antithetic,
+    )
+    shaped = samples.reshape(len(samples), *reference.event_shape)
+    inputs = shaped.to(reference.device, reference.dtype)
+    return SyntheticInputs(inputs, component, weights.detach().cpu(), antithetic)
+
+
+def token_inputs(
+    reference: ReferenceNetwork,
+    laws: Sequence[TokenLaw],
+    weights: Float64[Tensor, " c"],
+    *,
+    num: int,
+    seed: int,
+) -> SyntheticInputs:
+    """Inputs of a network from a mixture of laws of tokens.
+
+    Parameters
+    ----------
+    reference
+        The network.
+    laws
+        Of the components; they draw inputs of one form.
+    weights
+        ``(c,)``: probabilities of the components.
+    num
+        Samples; see `allocate`.
+    seed
+        Of the samples.
+
+    Returns
+    -------
+    SyntheticInputs
+        On the device of the network.
+
+    Raises
+    ------
+    ShapeError
+        When there are not as many laws as weights.
+    """
+    if len(laws) != len(weights):
+        raise ShapeError(
+            f"{len(laws)} laws and {len(weights)} weights",
+            where="weights",
+            advice="Give one probability for each law.",
+        )
+    counts = allocate(weights, num)
+    drawn = []
+    for c, (law, count) in enumerate(zip(laws, counts.tolist(), strict=True)):
+        generator = stream(seed, "function_space", "synthetic", "tokens", c)
+        drawn.append(law.inputs(count, generator))
+    first = drawn[0]
+    if isinstance(first, dict):
+        columns = [d for d in drawn if isinstance(d, dict)]
+        inputs: Inputs = {key: torch.cat([d[key] for d in columns]) for key in first}
+    else:
+        inputs = torch.cat([d for d in drawn if isinstance(d, Tensor)])
+    moved = Table(inputs, None).map(lambda column: column.to(reference.device)).inputs
+    component = torch.arange(len(laws)).repeat_interleave(counts)
+    return SyntheticInputs(moved, component, weights.detach().cpu())
+
+
+def _floating_dtype(tensors: Params, otherwise: torch.dtype) -> torch.dtype:
+    kinds = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    return next(kinds, otherwise)
+
+
+def _paths(names: Mapping[str, Any]) -> list[str]:
+    return sorted({name.rpartition("#")[0] for name in names})
+
+
+def _anchors(
+    reference: ReferenceNetwork, sample: SyntheticInputs, statistics: LayerStatistics
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Scale and shift of every unit, found layer by layer behind those of the layers before."""
+    anchors: dict[str, tuple[Tensor, Tensor]] = {}
+    weights = sample.row_weights.to(reference.device)
+    paths = _paths(statistics.means)
+    layers = {*paths, *weighted_leaves(reference.module)}
+    called: list[str] = []
+
+    def fit(name: str, output: Tensor) -> Tensor:
+        called.append(name)
+        if name.rpartition("#")[0] not in paths:
+            return output
+        mean = statistics.means[name].to(output.device) if name in statistics.means else None
+        if mean is None or mean.shape != output.shape[1:]:
+            raise ShapeError(
+                f"its outputs have shape {tuple(output.shape[1:])}, with stored moments of "
+                f"{None if mean is None else tuple(mean.shape)}",
+                where=name,
+                advice="Anchor a network to statistics of its own.",
+            )
+        variance = statistics.variances[name].to(output.device)
+        wide = output.to(torch.float64)
+        own_mean = torch.tensordot(weights, wide, 1)
+        own_variance = torch.tensordot(weights, (wide - own_mean).square(), 1)
+        varies = own_variance > _CONSTANT * own_mean.square()
+        ratio = variance / torch.where(varies, own_variance, torch.ones_like(own_variance))
+        scale = torch.where(varies, ratio.sqrt(), torch.ones_like(ratio))
+        scale = scale.clamp(1 / _LARGEST_SCALE, _LARGEST_SCALE)
+        anchors[name] = scale, mean - scale * own_mean
+        return output * scale.to(output.dtype) + anchors[name][1].to(output.dtype)
+
+    known = dict(reference.module.named_modules())
+    if any(path not in known for path in paths):
+        raise ShapeError(
+            "it has no such modules as the statistics",
+            where=next(path for path in paths if path not in known),
+            advice="Anchor a network to statistics of its own.",
+        )
+    with torch.no_grad(), with_leaf_outputs(reference.module, layers, fit):
+        reference.outputs(reference.tensors, sample.inputs)
+    # What comes out of the layer called last is compared: scaled, it would be another distance.
+    anchors.pop(called[-1], None)
+    return anchors
+
+
+def _check_weights(weights: Tensor) -> None:
+    total = float(weights.sum())
+    if weights.dim() != 1 or not bool((weights >= 0).all()) or abs(total - 1) > 1e-9:
+        raise LawError(
+            f"weights {weights.tolist()[:5]}",
+            where="weights",
+            advice="Give probabilities that sum to one.",
+        )
+
+
+def _factor(covariance: Float64[Tensor, "c D D"] | Float64[Tensor, "c D"]) -> Tensor:
+    """``F`` with ``F F^T`` the covariance, singular ones included."""
+    if covariance.dim() == 2:
+        values, vectors = covariance, None
+    else:
+        values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
+    if bool((values < -_INDEFINITE * values.amax(-1, keepdim=True).abs()).any()):
+        raise LawError(
+            f"a covariance is indefinite: smallest eigenvalue {float(values.min()):.3g}",
+            where="covariance",
+            advice="Summarise the data anew.",
+        )
+    roots = values.clamp(min=0).sqrt()
+    return torch.diag_embed(roots) if vectors is None else vectors * roots[:, None]

@@ -1,0 +1,70 @@
+import pytest
+import torch
+from torch import nn
+
+from pushforward.function_space.anchored import anchored_values, push_anchored
+from pushforward.function_space.network import ReferenceNetwork
+from pushforward.function_space.statistics import batch_statistics, walk
+from scenarios import moved, small_mlp
+
+
+def _change(net, other, x):
+    reference = ReferenceNetwork.of(net, x.shape[1:])
+    stages = walk(reference.graph, x)
+    labels = torch.zeros(len(x), dtype=torch.long)
+    kept = batch_statistics(labels, 1, net(x).detach(), rows=x, stages=stages, layers=True)
+    layers = [stage.layer for stage in kept.stages]
+    steps = anchored_values(reference.graph, kept.inputs, layers)
+    graph = reference.graph_of(reference.tensors_of(other))
+    return push_anchored(reference.graph, graph, kept.inputs, steps)
+
+
+def _skewed(count=3000):
+    """Inputs that are not at all Gaussian."""
+    torch.manual_seed(3)
+    x = torch.randn(count, 4, dtype=torch.float64)
+    return torch.exp(0.7 * x) * torch.sign(x[:, :1])
+
+
+def _square(change):
+    return (change.covariance + change.mean.mT @ change.mean)[0]
+
+
+def test_exact_where_only_the_last_layer_moved_whatever_the_data():
+    net, x = small_mlp(), _skewed()
+    other = moved(net, only="4")
+    with torch.no_grad():
+        dz = other(x) - net(x)
+    change = _change(net, other, x)
+    assert torch.allclose(_square(change), dz.mT @ dz / len(x), rtol=1e-7)
+    assert torch.allclose(change.mean[0], dz.mean(0))
+    z = net(x).detach()
+    cross = (z - z.mean(0)).mT @ (dz - dz.mean(0)) / len(x)
+    assert torch.allclose(change.cross[0], cross, rtol=1e-6)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU])
+def test_covariances_stay_positive_semidefinite(activation):
+    net, x = small_mlp((4, 12, 12, 12, 3), activation), _skewed()
+    for size in (0.05, 0.5, 2.0):
+        change = _change(net, moved(net, size), x)
+        eigenvalues = torch.linalg.eigvalsh(change.covariance)
+        assert eigenvalues.min() > -1e-9 * eigenvalues.max()
+
+
+def test_dead_and_equal_units_do_no_harm():
+    net, x = small_mlp(), _skewed()
+    with torch.no_grad():
+        net[0].bias[0] = -1e4  # never active
+        net[0].weight[2], net[0].bias[2] = net[0].weight[1], net[0].bias[1]
+    other = moved(net, 0.1)
+    with torch.no_grad():
+        truth = (other(x) - net(x)).square().sum(1).mean() / 2
+    got = torch.trace(_square(_change(net, other, x))) / 2
+    assert torch.isfinite(got)
+    assert 0.5 < float(got.detach() / truth) < 2.0
+
+
+def test_no_change_is_exactly_zero():
+    net, x = small_mlp(), _skewed()
+    assert _square(_change(net, net, x)).abs().max() == 0

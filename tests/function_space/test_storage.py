@@ -1,0 +1,104 @@
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pushforward.errors import WeightsError
+from pushforward.function_space.summarize import summarize
+from pushforward.function_space.summary import FunctionSummary
+from pushforward.runs.store import save_tensors
+from scenarios import moved, small_mlp
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    net, x = small_mlp(activation=nn.GELU), torch.randn(90, 4, dtype=torch.float64)
+    summary = summarize(net, (x, torch.arange(90) % 3), classes="targets", layer_moments=True)
+    summary.save(tmp_path / "summary.safetensors")
+    return net, summary, tmp_path / "summary.safetensors"
+
+
+def test_a_file_gives_back_every_distance(saved):
+    net, summary, path = saved
+    loaded = FunctionSummary.load(path, small_mlp(activation=nn.GELU, seed=99))
+    other = moved(net, 0.2)
+    assert loaded.num_examples == 90
+    assert loaded.sizes == summary.sizes
+    assert loaded.reference.unchanged(summary.reference.tensors)
+    for estimator in ("gated", "gaussian", "anchored", "reference", "sampled", "synthetic"):
+        for metric in ("euclidean", "kl"):
+            options = {"estimator": estimator, "metric": metric}
+            with torch.no_grad():
+                assert torch.equal(
+                    loaded.distance(other, **options), summary.distance(other, **options)
+                )
+    assert torch.equal(loaded.calibration(), summary.calibration())
+
+
+def test_loading_leaves_the_given_network_alone(saved):
+    _, _, path = saved
+    blank = small_mlp(activation=nn.GELU, seed=99)
+    before = blank[0].weight.clone()
+    FunctionSummary.load(path, blank)
+    assert torch.equal(blank[0].weight, before)
+    assert blank[0].weight.requires_grad
+
+
+def test_no_example_is_in_the_file(saved):
+    _, _, path = saved
+    tensors = load_file(path)
+    assert all(90 not in tensor.shape for tensor in tensors.values())
+
+
+def test_tokens_and_layers_come_back(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.norm, self.head = nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, 2)
+
+        def forward(self, tokens):
+            return self.head(self.norm(self.embed(tokens)).mean(1))
+
+    torch.manual_seed(1)
+    net = Net()
+    summary = summarize(net, torch.randint(0, 5, (40, 3)), layer_moments=True)
+    summary.save(tmp_path / "tokens.safetensors")
+    loaded = FunctionSummary.load(tmp_path / "tokens.safetensors", Net())
+    other = moved(net, 0.2)
+    with torch.no_grad():
+        assert torch.equal(loaded.distance(other), summary.distance(other))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [small_mlp(), small_mlp((4, 6, 6, 3), nn.GELU), nn.Linear(4, 3)],
+    ids=["activation", "width", "depth"],
+)
+def test_a_file_of_another_network_is_refused(saved, other):
+    with pytest.raises(WeightsError, match="of another network"):
+        FunctionSummary.load(saved[2], other)
+
+
+def test_damaged_files_are_refused(saved, tmp_path):
+    net, _, path = saved
+    whole = path.read_bytes()
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(WeightsError, match="damaged"):
+        FunctionSummary.load(broken, net)
+    flipped = bytearray(whole)
+    flipped[-5] ^= 0x10
+    broken.write_bytes(flipped)
+    with pytest.raises(WeightsError, match="not those that were written"):
+        FunctionSummary.load(broken, net)
+    with pytest.raises(WeightsError, match="no such file"):
+        FunctionSummary.load(tmp_path / "none.safetensors", net)
+    save_file({"a": torch.zeros(1)}, broken)
+    with pytest.raises(WeightsError):
+        FunctionSummary.load(broken, net)
+    save_tensors(
+        broken, {"a": torch.zeros(1)}, {}, schema="pushforward.function_summary", version=1
+    )
+    with pytest.raises(WeightsError, match="no whole summary"):
+        FunctionSummary.load(broken, net)

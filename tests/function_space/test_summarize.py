@@ -1,0 +1,244 @@
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pushforward.errors import (
+    DataError,
+    NetworkError,
+    OptionError,
+    ShapeError,
+    UnsupportedLayerError,
+)
+from pushforward.function_space import summarize as module
+from pushforward.function_space.metrics import discrepancy
+from pushforward.function_space.summarize import summarize
+from scenarios import Residual, moved, small_mlp
+
+
+def _inputs(count=400, seed=1):
+    torch.manual_seed(seed)
+    return torch.randn(count, 4, dtype=torch.float64) @ torch.randn(4, 4, dtype=torch.float64) + 0.5
+
+
+def _near(summary, net, other, x, within, **options):
+    with torch.no_grad():
+        truth = float(discrepancy(net(x), other(x), "euclidean").mean())
+        got = float(summary.distance(other, **options))
+    return truth / within < got < truth * within
+
+
+def test_tensors_loaders_and_batch_sizes_come_to_the_same():
+    net, x = small_mlp(), _inputs()
+    other = moved(net)
+    whole = summarize(net, x)
+    loader = DataLoader(TensorDataset(x, torch.zeros(len(x))), batch_size=37)
+    for summary in (summarize(net, loader), summarize(net, x, batch_size=7)):
+        assert torch.allclose(
+            summary.statistics.inputs.covariance, whole.statistics.inputs.covariance
+        )
+        for estimator in ("gated", "gaussian"):
+            with torch.no_grad():
+                got = summary.distance(other, estimator=estimator)
+                assert torch.allclose(got, whole.distance(other, estimator=estimator))
+
+
+def test_the_order_of_the_examples_does_not_matter():
+    net, x = small_mlp(), _inputs()
+    first, second = summarize(net, x), summarize(net, x.flip(0))
+    assert torch.allclose(first.probe_distances, second.probe_distances)
+    assert torch.allclose(first.statistics.inputs.covariance, second.statistics.inputs.covariance)
+
+
+def test_probe_distances_are_true_ones():
+    net, x = small_mlp(), _inputs()
+    summary = summarize(net, x, batch_size=64)
+    weights = module.probe(summary.reference, 0)
+    with torch.no_grad():
+        new = torch.func.functional_call(net, weights, (x,))
+        truth = discrepancy(net(x), new, "euclidean").mean()
+    assert torch.allclose(summary.probe_distances[0, 0], truth)
+
+
+def test_diagonals_and_low_ranks_keep_less():
+    net, x = small_mlp(), _inputs()
+    full = summarize(net, x)
+    diagonal, low = summarize(net, x, input_moments="diagonal"), summarize(net, x, input_moments=2)
+    variances = full.statistics.inputs.covariance.diagonal(dim1=-2, dim2=-1)
+    assert torch.allclose(diagonal.statistics.inputs.covariance, variances)
+    kept = low.statistics.inputs.covariance
+    assert torch.allclose(kept.diagonal(dim1=-2, dim2=-1), variances)
+    off = full.statistics.inputs.covariance - kept
+    assert (
+        0
+        < off.abs().max()
+        < (full.statistics.inputs.covariance - torch.diag_embed(variances)).abs().max()
+    )
+    assert diagonal.sizes["input covariance"] == 4
+    assert low.sizes["input covariance"] == 4 * 3
+    other = moved(net, 0.2)
+    for summary in (diagonal, low):
+        for estimator in ("gaussian", "synthetic"):
+            assert _near(summary, net, other, x, 3.0, estimator=estimator)
+
+
+def test_clusters_and_classes_are_components():
+    net, x = small_mlp(), _inputs()
+    y = (x[:, 0] > 0).long()
+    assert summarize(net, x, clusters=5).num_components == 5
+    by_label = summarize(net, (x, y), classes="targets")
+    assert by_label.num_components == 2
+    assert torch.allclose(by_label.weights, torch.bincount(y).double() / len(y))
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, nn.LeakyReLU, nn.Tanh, nn.Hardtanh])
+def test_activations_through_the_closed_forms(activation):
+    net, x = small_mlp((4, 12, 12, 3), activation), _inputs(2000)
+    summary = summarize(net, x, layer_moments=True)
+    other = moved(net, 0.1)
+    # Independent gates are coarse among a dozen units.
+    for estimator, within in {
+        "gated": 3.0,
+        "gaussian": 2.0,
+        "anchored": 2.0,
+        "synthetic": 1.1,
+    }.items():
+        assert _near(summary, net, other, x, within, estimator=estimator), estimator
+
+
+def test_residual_additions_have_joint_moments():
+    torch.manual_seed(0)
+    net, x = Residual(4, 8, 3).double(), _inputs(2000)
+    summary = summarize(net, x, layer_moments=True)
+    other = moved(net, 0.1)
+    for estimator in ("gated", "gaussian", "anchored", "sampled", "synthetic"):
+        assert _near(summary, net, other, x, 1.4, estimator=estimator), estimator
+
+
+class _Image(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.pool, self.drop = nn.AvgPool2d(2), nn.Dropout(0.5)
+        self.head = nn.Linear(3 * 3 * 3, 4)
+
+    def forward(self, x):
+        h = self.pool(torch.relu(self.norm(self.conv(x))))
+        return self.head(self.drop(h.flatten(1)))
+
+
+def test_images_with_normalisation_pooling_and_dropout():
+    torch.manual_seed(2)
+    net, x = _Image().double(), torch.randn(1500, 1, 6, 6, dtype=torch.float64)
+    net(x)  # running statistics, in training mode
+    assert net.training
+    summary = summarize(net, x)
+    other = moved(net, 0.1)
+    with torch.no_grad():
+        other.norm.running_mean += 0.3
+    net.eval()
+    other.eval()
+    for estimator, within in {
+        "gated": 2.5,
+        "gaussian": 2.0,
+        "sampled": 2.5,
+        "synthetic": 1.1,
+    }.items():
+        assert _near(summary, net, other, x, within, estimator=estimator), estimator
+
+
+class _Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 16)
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True)
+        self.head = nn.Linear(16, 7)
+
+    def forward(self, tokens):
+        return self.head(self.block(self.embed(tokens))[:, -1])
+
+
+def test_transformers_on_tokens_by_running_them():
+    torch.manual_seed(3)
+    net = _Tokens()
+    pairs = torch.cartesian_prod(torch.arange(7), torch.arange(7))
+    tokens = torch.stack([pairs[:, 0], torch.full((49,), 3), pairs[:, 1]], 1)
+    summary = summarize(net, tokens, layer_moments=True)
+    other = moved(net, 0.05)
+    net.eval()
+    other.eval()
+    assert _near(summary, net, other, tokens, 1.2)
+    assert summary.statistics.inputs is None
+    with pytest.raises(UnsupportedLayerError, match="Embedding"):
+        summary.distance(other, estimator="gaussian")
+    other_half = summarize(net, tokens[:20], layer_moments=True)
+    assert (summary + other_half).num_examples == 69
+
+
+def test_networks_that_are_no_chain_are_run_on_drawn_inputs():
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+
+        def forward(self, x):
+            return self.a(x) * torch.sigmoid(self.b(x))
+
+    torch.manual_seed(4)
+    net, x = Product(), _inputs(2000)
+    summary = summarize(net, x)
+    other = moved(net, 0.1)
+    assert _near(summary, net, other, x, 1.3)
+    with pytest.raises(UnsupportedLayerError):
+        summary.distance(other, estimator="gated")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clusters": 2, "classes": "targets"}, "both classes and clusters"),
+        ({"input_moments": 0}, "positive rank"),
+        ({"batch_size": 0}, "0 examples"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(OptionError, match=message):
+        summarize(small_mlp(), (_inputs(), torch.zeros(400, dtype=torch.long)), **options)
+
+
+@pytest.mark.wrong_types
+def test_an_unknown_word_for_moments_is_refused():
+    with pytest.raises(OptionError, match="'half'"):
+        summarize(small_mlp(), _inputs(), input_moments="half")
+
+
+def test_layers_too_wide_for_pairs_are_refused(monkeypatch):
+    monkeypatch.setattr(module, "_PAIRED", 5)
+    with pytest.raises(ShapeError, match="a layer has 6 units"):
+        summarize(small_mlp(), _inputs(), layer_moments=True)
+
+
+def test_bad_data_and_weights_are_refused():
+    net, x = small_mlp(), _inputs()
+    with pytest.raises(DataError, match="no examples"):
+        summarize(net, x[:0])
+    with pytest.raises(DataError, match="NaN"):
+        summarize(net, x.index_fill(0, torch.tensor([3]), torch.nan))
+    with pytest.raises(DataError, match="shuffle"):
+        summarize(net, DataLoader(TensorDataset(x, x), shuffle=True))
+    with torch.no_grad():
+        net[0].bias[0] = torch.inf
+    with pytest.raises(NetworkError, match=r"'0\.bias' holds NaN"):
+        summarize(net, x)
+
+
+def test_augmenting_loaders_are_refused():
+    class Noisy(torch.utils.data.Dataset):
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, i):
+            return torch.randn(4, dtype=torch.float64), i
+
+    with pytest.raises(DataError, match="random augmentation"):
+        summarize(small_mlp(), DataLoader(Noisy()))

@@ -1,0 +1,224 @@
+import pytest
+import torch
+from torch import nn
+
+from pushforward.errors import OptionError, ResourceError, ShapeError, WeightsError
+from pushforward.function_space import estimators
+from pushforward.function_space.metrics import discrepancy
+from pushforward.function_space.summarize import summarize
+from scenarios import moved, small_mlp
+
+ESTIMATORS = ("gated", "gaussian", "anchored", "reference", "sampled", "synthetic")
+METRICS = ("euclidean", "softmax", "kl", "fisher")
+
+
+def _data(count=2000):
+    torch.manual_seed(5)
+    y = torch.arange(count) % 3
+    centres = 2 * torch.randn(3, 4, dtype=torch.float64)
+    return centres[y] + torch.randn(count, 4, dtype=torch.float64), y
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A network that tells three Gaussian classes apart, its data and its summary by class."""
+    x, y = _data()
+    net = small_mlp((4, 16, 16, 3))
+    optimiser = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(60):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimiser.step()
+    return net, x, y, summarize(net, (x, y), classes="targets", layer_moments=True)
+
+
+def _truth(net, other, x, metric, outputs=None):
+    with torch.no_grad():
+        old, new = net(x), other(x)
+    if outputs is not None:
+        old, new = old[:, outputs], new[:, outputs]
+    return float(discrepancy(old, new, metric).mean())
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    ("estimator", "within"),
+    [("gated", 2.0), ("gaussian", 1.4), ("anchored", 1.4), ("sampled", 2.0), ("synthetic", 1.2)],
+)
+def test_near_the_truth_on_gaussian_classes(trained, estimator, within, metric):
+    net, x, _, summary = trained
+    for size in (0.02, 0.1):
+        other = moved(net, size)
+        got = float(summary.distance(other, metric=metric, estimator=estimator).detach())
+        truth = _truth(net, other, x, metric)
+        assert truth / within < got < truth * within, (size, got, truth)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_exactly_zero_at_the_same_weights(trained, estimator, metric):
+    net, _, _, summary = trained
+    same = moved(net, 0.0)
+    value = summary.distance(same, metric=metric, estimator=estimator)
+    value.backward()
+    assert value.item() == 0.0
+    assert max(float(p.grad.abs().max()) for p in same.parameters()) < 1e-12
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_gradient_equals_finite_differences(trained, estimator, metric):
+    net, _, _, summary = trained
+    other = moved(net, 0.2)
+    torch.manual_seed(9)
+    direction = torch.randn_like(other[0].weight)
+
+    def value():
+        return summary.distance(other, metric=metric, estimator=estimator, num_samples=300)
+
+    value().backward()
+    slope = float((other[0].weight.grad * direction).sum())
+    ends = []
+    for step in (1e-6, -2e-6):
+        with torch.no_grad():
+            other[0].weight.add_(step * direction)
+            ends.append(float(value()))
+    assert slope == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=2e-3)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("estimator", ["gaussian", "sampled", "synthetic"])
+def test_outputs_can_be_chosen(trained, estimator, metric):
+    net, x, _, summary = trained
+    other = moved(net, 0.2)
+    got = summary.distance(other, metric=metric, estimator=estimator, outputs=[2, 0])
+    truth = _truth(net, other, x, metric, [2, 0])
+    assert truth / 1.6 < float(got.detach()) < truth * 1.6
+
+
+def test_a_distance_has_the_type_of_the_other_weights_and_takes_mappings(trained):
+    net, _, _, summary = trained
+    other = moved(net, 0.1)
+    from_module = summary.distance(other)
+    assert from_module.dtype == torch.float64
+    assert torch.equal(from_module, summary.distance(dict(other.named_parameters())))
+    single = {name: p.float() for name, p in other.named_parameters()}
+    assert summary.distance(single).dtype == torch.float32
+    assert float(summary.distance(single).detach()) == pytest.approx(float(from_module.detach()), rel=1e-5)
+
+
+def test_seeds_decide_the_draws(trained):
+    net, _, _, summary = trained
+    other = moved(net, 0.1)
+    with torch.no_grad():
+        first, again, second = (summary.distance(other, seed=s) for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert first != second
+    assert float(second) == pytest.approx(float(first), rel=0.1)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_an_estimate_covers_the_truth(trained, metric):
+    net, x, _, summary = trained
+    inside = 0
+    for seed in range(10):
+        other = moved(net, 0.1, seed=seed)
+        estimate = summary.estimate(other, metric=metric)
+        assert not estimate.value.requires_grad
+        truth = _truth(net, other, x, metric)
+        inside += abs(float(estimate.value) - truth) < 3 * float(estimate.standard_error)
+    assert inside >= 9
+    assert estimate.checks[0].name == "calibrated"
+
+
+def test_the_error_is_that_on_the_probes(trained):
+    _, _, _, summary = trained
+    ratios = summary.calibration(estimator="gated")
+    better = summary.calibration(estimator="synthetic")
+    assert len(ratios) == len(summary.probe_distances)
+    assert better.abs().mean() < ratios.abs().mean()
+    assert better.abs().max() < 0.2
+
+
+def test_a_summary_that_fits_badly_says_so():
+    net, (x, y) = small_mlp((4, 8, 3)), _data(300)
+    summary = summarize(net, (x.abs().pow(4), y))
+    check = summary.estimate(moved(net, 0.1), estimator="reference", metric="kl").checks[0]
+    assert check.status == "warn"
+    assert "layer_moments" in check.advice
+
+
+def test_shards_add_up(trained):
+    net, x, y, summary = trained
+    parts = [
+        summarize(net, (x[i], y[i]), classes="targets", layer_moments=True)
+        for i in (slice(0, 500), slice(500, None))
+    ]
+    both = parts[0] + parts[1]
+    other = moved(net, 0.2)
+    assert both.num_examples == 2000
+    assert torch.allclose(both.probe_distances, summary.probe_distances)
+    for estimator in ESTIMATORS:
+        with torch.no_grad():
+            got = both.distance(other, estimator=estimator)
+            assert torch.allclose(got, summary.distance(other, estimator=estimator), rtol=1e-6)
+
+
+def test_shards_of_different_kinds_are_refused(trained):
+    net, x, y, summary = trained
+    with pytest.raises(WeightsError, match="different networks"):
+        _ = summary + summarize(moved(net, 0.1), (x, y), classes="targets", layer_moments=True)
+    with pytest.raises(OptionError, match="layer_moments is True in one and False"):
+        _ = summary + summarize(net, (x, y), classes="targets")
+    with pytest.raises(OptionError, match="num_components is 3 in one and 1"):
+        _ = summary + summarize(net, (x, y), layer_moments=True)
+
+
+def test_sizes_are_counted_in_numbers(trained):
+    net, _, _, summary = trained
+    assert summary.sizes == {
+        "weights": sum(p.numel() for p in net.parameters()),
+        "input mean": 3 * 4,
+        "input covariance": 3 * 16,
+        "gates": 3 * 32,
+        "layers": 3 * 2 * (16 + 256),
+        "outputs": 3 * (3 + 9 + 9 + 9),
+    }
+    assert "2,000 examples in 3 components" in repr(summary)
+    assert "no example is kept" in repr(summary)
+    assert summary.to_dict()["num_bytes"] == summary.num_bytes
+
+
+def test_what_was_not_kept_is_refused_with_advice(trained):
+    net, x, _, _ = trained
+    summary = summarize(net, x)
+    with pytest.raises(OptionError, match=r"no moments of the layers.*layer_moments=True"):
+        summary.distance(net, estimator="anchored")
+
+
+def test_bad_options_are_refused(trained):
+    net, _, _, summary = trained
+    with pytest.raises(ShapeError, match="does not select outputs of a network that has 3"):
+        summary.distance(net, outputs=[3])
+    with pytest.raises(OptionError, match="1 draws"):
+        summary.distance(net, num_samples=1)
+    with pytest.raises(WeightsError, match="has shape"):
+        summary.distance(small_mlp((4, 8, 16, 3)))
+
+
+@pytest.mark.wrong_types
+def test_unknown_names_are_refused(trained):
+    net, _, _, summary = trained
+    with pytest.raises(OptionError, match="unknown estimator 'exact'"):
+        summary.distance(net, estimator="exact")
+    with pytest.raises(OptionError, match="unknown metric 'l1'"):
+        summary.distance(net, metric="l1")
+
+
+def test_layers_too_wide_for_covariances_are_refused(trained, monkeypatch):
+    net, _, _, _ = trained
+    summary = summarize(net, _data()[0])
+    monkeypatch.setattr(estimators, "_TOO_WIDE", 10)
+    with pytest.raises(ResourceError, match="a layer has 16 units"):
+        summary.distance(net, estimator="gaussian")
+    assert summary.distance(net).item() == 0.0
