@@ -3,7 +3,7 @@ import torch
 
 from pushforward.function_space.chain import Change, Moments
 from pushforward.function_space.metrics import discrepancy, output_curvature
-from pushforward.function_space.output_change import anchored_outputs, mean_discrepancy
+from pushforward.function_space.output_change import OutputAnchor, mean_discrepancy
 from pushforward.function_space.statistics import OutputStatistics
 
 
@@ -65,7 +65,9 @@ def test_anchored_outputs_have_the_moments_of_the_data():
     )
     mean = torch.randn(2, 3, dtype=torch.float64)
     factor = torch.randn(2, 3, 3, dtype=torch.float64)
-    got = anchored_outputs(rows, component, Moments(mean, factor @ factor.mT))
+    anchor = OutputAnchor.of(rows, component, Moments(mean, factor @ factor.mT))
+    got = anchor.apply(rows, component)
+    assert torch.allclose(anchor.apply(rows[150:151], component[150:151]), got[150:151])
     for c in (0, 1):
         part = got[component == c]
         assert torch.allclose(part.mean(0), mean[c])

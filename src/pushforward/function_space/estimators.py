@@ -20,7 +20,7 @@ from pushforward.function_space.gaussian import GaussianStep, gaussian_values, p
 from pushforward.function_space.layer_statistics import LayerStatistics
 from pushforward.function_space.metrics import Metric, check_metric, discrepancy
 from pushforward.function_space.network import Other, ReferenceNetwork, select_outputs
-from pushforward.function_space.output_change import anchored_outputs, mean_discrepancy
+from pushforward.function_space.output_change import OutputAnchor, mean_discrepancy
 from pushforward.function_space.published import published_values, push_published, with_jitter
 from pushforward.function_space.sampled import sampled_outputs
 from pushforward.function_space.statistics import Statistics
@@ -43,6 +43,7 @@ Estimator: TypeAlias = Literal["gated", "gaussian", "anchored", "reference", "sa
 DEFAULT: Estimator = "synthetic"
 """The most accurate of them on every network measured, and the cheapest from 100 units on."""
 
+_ANCHORING = 1024  # draws of each component that decide how outputs are anchored
 _TOO_WIDE = 8192  # units of a stage, beyond which covariances are not formed
 
 
@@ -120,17 +121,20 @@ class Estimators:
             old, moved = run.outputs, run.outputs_of(tensors) - run.outputs
             if self.reference.unchanged(tensors):
                 moved = moved - moved.detach()  # rounding may differ between two runs
-            rows = self._discrepancies(old, moved, run.sample.component, metric, chosen)
+            old, moved = old.double(), moved.double()
+            if metric != "euclidean":
+                # Inputs that are drawn leave the network less sure than the data do. In metrics of
+                # probabilities that matters, and class by class an affine map repairs it.
+                old = self._output_anchor.apply(old, run.sample.component.to(old.device))
+            rows = discrepancy(_pick(old, chosen), _pick(old + moved, chosen), metric)
             return run.sample.component_means(rows), run.sample.component_errors(rows)
         graph = self.reference.graph_of(tensors)
         if estimator == "sampled":
-            flat, component = self._drawn_inputs(num_samples, seed)
+            flat, _ = self._drawn_inputs(num_samples, seed)
             rows = flat.to(self.reference.device).unflatten(0, (self.num_components, -1))
             generator = stream(seed, "function-space gates", device=rows.device)
             old, moved = sampled_outputs(self.reference.graph, graph, rows, self._gates, generator)
-            each = self._discrepancies(
-                old.flatten(0, 1), moved.flatten(0, 1), component, metric, chosen
-            ).unflatten(0, rows.shape[:2])
+            each = discrepancy(_pick(old, chosen), _pick(old + moved, chosen), metric)
             return each.mean(1), each.std(1) / sqrt(each.shape[1])
         change, closure = self._closed_form(graph, estimator)
         values = mean_discrepancy(
@@ -179,43 +183,26 @@ class Estimators:
         own = self.reference.graph
         return affine_changes(own, own)[1].push(values)
 
-    def _discrepancies(
-        self,
-        old: Float[Tensor, "n K"],
-        change: Float[Tensor, "n K"],
-        component: Int64[Tensor, " n"],
-        metric: Metric,
-        chosen: Tensor | None,
-    ) -> Float64[Tensor, " n"]:
-        """Of drawn outputs, which first get the moments that outputs have over the data."""
-        # Inputs that are drawn leave the network less sure than the data do. In the metrics of
-        # probabilities that matters, and class by class an affine map repairs it.
-        old, change = old.double(), change.double()
-        if metric != "euclidean":
-            old = anchored_outputs(old, component.to(old.device), self.kept.outputs.moments)
-        return discrepancy(_pick(old, chosen), _pick(old + change, chosen), metric)
-
     def _synthetic(self, num_samples: int, seed: int) -> SyntheticRun:
         """The reference on drawn inputs; the last one is kept for the next distance."""
         known = self._runs.get((num_samples, seed))
         if known is None:
-            if self.tokens:
-                sample = token_inputs(
-                    self.reference, self.tokens, self._weights, num=num_samples, seed=seed
-                )
-            else:
-                rows, component = self._drawn_inputs(num_samples, seed)
-                shaped = rows.unflatten(1, self.reference.event_shape)
-                sample = SyntheticInputs(
-                    shaped.to(self.reference.device, self.reference.dtype),
-                    component,
-                    self._weights,
-                    antithetic=True,
-                )
-            known = SyntheticRun.of(self.reference, sample, statistics=self.layers)
+            known = self._run(num_samples, seed)
             self._runs.clear()
             self._runs[num_samples, seed] = known
         return known
+
+    def _run(self, num_samples: int, seed: int) -> SyntheticRun:
+        if self.tokens:
+            sample = token_inputs(
+                self.reference, self.tokens, self._weights, num=num_samples, seed=seed
+            )
+        else:
+            rows, component = self._drawn_inputs(num_samples, seed)
+            shaped = rows.unflatten(1, self.reference.event_shape)
+            inputs = shaped.to(self.reference.device, self.reference.dtype)
+            sample = SyntheticInputs(inputs, component, self._weights, antithetic=True)
+        return SyntheticRun.of(self.reference, sample, statistics=self.layers)
 
     def _drawn_inputs(
         self, num_samples: int, seed: int
@@ -257,6 +244,12 @@ class Estimators:
         """``L`` with ``L L^T`` the covariance, on the CPU, where inputs are drawn."""
         values, vectors = torch.linalg.eigh(self._inputs.covariance.cpu())
         return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+
+    @cached_property
+    def _output_anchor(self) -> OutputAnchor:
+        run = self._run(_ANCHORING * self.num_components, 0)
+        component = run.sample.component.to(run.outputs.device)
+        return OutputAnchor.of(run.outputs.double(), component, self.kept.outputs.moments)
 
     @cached_property
     def _runs(self) -> dict[tuple[int, int], SyntheticRun]:

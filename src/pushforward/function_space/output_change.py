@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -11,7 +13,7 @@ from pushforward.function_space.metrics import Metric, discrepancy, output_curva
 from pushforward.function_space.statistics import OutputStatistics
 from pushforward.runs.rng import stream
 
-__all__ = ["anchored_outputs", "mean_discrepancy"]
+__all__ = ["OutputAnchor", "mean_discrepancy"]
 
 _RIDGE = 1e-7  # of the largest variance: rounding may leave a covariance a little indefinite
 
@@ -79,36 +81,74 @@ def mean_discrepancy(
     return discrepancy(rows, rows + _changes(rows, change, closure, generator), metric).mean(1)
 
 
-def anchored_outputs(
-    rows: Float[Tensor, "n K"], component: Int64[Tensor, " n"], moments: Moments
-) -> Float[Tensor, "n K"]:
-    """Outputs shifted and stretched so that each component has the moments that were kept.
+@dataclass(frozen=True, eq=False)
+class OutputAnchor:
+    """An affine map for each component that gives drawn outputs the moments that were kept.
 
     Parameters
     ----------
-    rows
-        Outputs of the reference on drawn inputs, as many of each component, one component after
-        the other.
-    component
-        Which each row is from.
-    moments
-        Of the outputs over the data, ``(c, K)`` and ``(c, K, K)``.
-
-    Returns
-    -------
-    Tensor
-        With exactly these moments up to the ridge of the factors; without gradient.
+    drawn, kept
+        Means ``(c, K)`` of outputs on drawn inputs, and over the data.
+    stretch
+        ``(c, K, K)``: from the spread of the first to that of the second.
     """
-    parts = []
-    with torch.no_grad():
-        for number in component.unique():
-            part = rows[component == number]
-            centred = part - part.mean(0)
-            mean, covariance = moments.mean[number], moments.covariance[number]
-            own = _factor((centred.mT @ centred / len(part)).unsqueeze(0))[0]
-            white = torch.linalg.solve_triangular(own, centred.mT, upper=False)
-            parts.append(mean + white.mT @ _factor(covariance.unsqueeze(0))[0].mT)
-    return torch.cat(parts)
+
+    drawn: Tensor
+    kept: Tensor
+    stretch: Tensor
+
+    @classmethod
+    def of(
+        cls, rows: Float[Tensor, "n K"], component: Int64[Tensor, " n"], moments: Moments
+    ) -> OutputAnchor:
+        """Compare outputs on drawn inputs with those over the data.
+
+        Parameters
+        ----------
+        rows
+            Outputs of the reference on many drawn inputs, more of each component than outputs.
+        component
+            Which each is from.
+        moments
+            Of the outputs over the data, ``(c, K)`` and ``(c, K, K)``.
+
+        Returns
+        -------
+        OutputAnchor
+            Without gradient.
+        """
+        means, stretches = [], []
+        with torch.no_grad():
+            for number, covariance in enumerate(moments.covariance):
+                part = rows[component == number]
+                means.append(part.mean(0))
+                centred = part - means[-1]
+                own = _factor((centred.mT @ centred / len(part)).unsqueeze(0))[0]
+                wanted = _factor(covariance.unsqueeze(0))[0]
+                stretches.append(
+                    torch.linalg.solve_triangular(own, wanted, upper=False, left=False)
+                )
+        return cls(torch.stack(means), moments.mean, torch.stack(stretches))
+
+    def apply(
+        self, rows: Float[Tensor, "n K"], component: Int64[Tensor, " n"]
+    ) -> Float[Tensor, "n K"]:
+        """Shift and stretch each row as its component asks.
+
+        Parameters
+        ----------
+        rows
+            Outputs on drawn inputs.
+        component
+            Which each is from.
+
+        Returns
+        -------
+        Tensor
+            Like `rows`.
+        """
+        centred = (rows - self.drawn[component]).unsqueeze(-1)
+        return self.kept[component] + (self.stretch[component] @ centred).squeeze(-1)
 
 
 def _changes(
