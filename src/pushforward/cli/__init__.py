@@ -14,8 +14,9 @@ __all__ = ["main"]
 _DESCRIPTION = """Push the law of the inputs through a network: expected outputs, spread and tails \
 with error bars, without sampling. Ask how sure it is of its predictions; draw networks from the \
 posterior of its weights, and test whether a sampler reaches it; measure how degenerate a solution \
-is. A network is named as package.module:factory, a function that returns a torch.nn.Module; its \
-weights come from a safetensors file. No pickle is ever loaded."""
+is, and how far other weights are from it as functions. A network is named as \
+package.module:factory, a function that returns a torch.nn.Module; its weights come from a \
+safetensors file. No pickle is ever loaded."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from pushforward.cli.commands import Demo, Expect, Report, Uncertainty
     from pushforward.cli.degeneracy import Degeneracy
+    from pushforward.cli.distance import Distance
     from pushforward.cli.sampling import Sample
     from pushforward.cli.thermalization import Thermalize
 
@@ -54,10 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         | Annotated[Sample, tyro.conf.subcommand("sample")]
         | Annotated[Thermalize, tyro.conf.subcommand("thermalize")]
         | Annotated[Degeneracy, tyro.conf.subcommand("degeneracy")]
+        | Annotated[Distance, tyro.conf.subcommand("distance")]
         | Annotated[Demo, tyro.conf.subcommand("demo")]
     )
     try:
-        command: Report | Expect | Uncertainty | Sample | Thermalize | Degeneracy | Demo = tyro.cli(
+        command: (
+            Report | Expect | Uncertainty | Sample | Thermalize | Degeneracy | Distance | Demo
+        ) = tyro.cli(
             commands,
             prog="pushforward",
             description=_DESCRIPTION,

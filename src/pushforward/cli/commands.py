@@ -35,8 +35,8 @@ _VERDICTS = (0, 3, 4, 5)  # that thermalize ends with
 class Report:
     """Write one HTML page: expected outputs, spread and tails, each beside a Monte Carlo check.
 
-    With --likelihood, --train and --test the page also says how sure the network is, and with
-    --degeneracy how degenerate it is.
+    With --likelihood, --train and --test the page also says how sure the network is, with
+    --degeneracy how degenerate it is, and with --prune and --quantise how far that moves it.
 
     Parameters
     ----------
@@ -78,6 +78,11 @@ class Report:
         Steps of each of its chains. Default: 2,000; 300 of hmc.
     localization
         Strength of the spring that holds them near the weights. Default: as weak as they can bear.
+    prune
+        Shares of the weights to set to 0, smallest first, for a section on how far that moves the
+        network as a function, over the training examples or else those of the law.
+    quantise
+        Numbers of bits to round the weights to, for the same section.
     """
 
     network: NetworkOptions
@@ -98,6 +103,8 @@ class Report:
     degeneracy: Literal["none", "auto", "langevin", "sgld", "hmc", "mala"] = "none"
     degeneracy_draws: int | None = None
     localization: float | None = None
+    prune: tuple[float, ...] = ()
+    quantise: tuple[int, ...] = ()
 
     def run(self, command: str) -> None:
         """Write the page and print where it is.
@@ -145,6 +152,8 @@ class Report:
             )
             if self.degeneracy != "none":
                 sections.append(self._degeneracy(net, self.degeneracy, self.likelihood, files))
+        if self.prune or self.quantise:
+            sections.append(self._distances(net, loaded, files))
         factory = self.network.network.rpartition(":")[2]
         written = page.write(
             page.Report(
@@ -183,6 +192,42 @@ class Report:
             seed=self.seed,
         ).run()
         return section
+
+    def _distances(self, net: nn.Module, loaded: LoadedLaw, files: ExampleFiles | None) -> Section:
+        """The section on pruned and quantised versions.
+
+        Returns
+        -------
+        Section
+            Of the page.
+
+        Raises
+        ------
+        OptionError
+            When there are no examples.
+        """
+        from pushforward.cli.distance import compressed_versions
+        from pushforward.errors import OptionError
+        from pushforward.function_space.summarize import summarize
+        from pushforward.function_space.versions import measure_versions
+        from pushforward.report.function_space import function_space_section
+
+        examples, name = loaded.examples, self.law.data
+        if files is not None:
+            parameter = next(net.parameters(), None)
+            dtype = None if parameter is None else parameter.dtype
+            examples, name = files.load(files.train, dtype)[0], files.train
+        if examples is None or name is None:
+            raise OptionError(
+                "there are no examples to measure distances over",
+                where="--prune and --quantise",
+                advice="Give --data FILE.npz instead of --standard, or --train FILE.npz.",
+            )
+        versions = compressed_versions(net, self.prune, self.quantise)
+        summary = summarize(net, examples)
+        found = measure_versions(summary, versions, data=examples, seed=self.seed)
+        about = f"The network was summarised over the {len(examples):,} examples of {name.name}."
+        return function_space_section(found, about=about)
 
     def _files(self) -> ExampleFiles | None:
         """What the sections on uncertainty and degeneracy are made from.
@@ -363,8 +408,9 @@ class Uncertainty:
 class Demo:
     """Train a small classifier of handwritten digits, and report on it.
 
-    The page says what it outputs, how sure it is, and how degenerate a solution training found.
-    Then test on a smaller network whether Gibbs sampling reaches the posterior.
+    The page says what it outputs, how sure it is, how degenerate a solution training found, and how
+    far pruning and quantisation move it. Then test on a smaller network whether Gibbs sampling
+    reaches the posterior.
 
     Parameters
     ----------
@@ -406,7 +452,7 @@ class Demo:
             With the code of a command when it fails.
         """
         from pushforward.cli import main
-        from pushforward.cli.demo import DEGENERACY, THERMALIZATION, prepare_digits
+        from pushforward.cli.demo import COMPRESSION, DEGENERACY, THERMALIZATION, prepare_digits
 
         print("Training a classifier of handwritten digits ...")
         trained = prepare_digits(self.output, seed=self.seed, epochs=self.epochs)
@@ -426,6 +472,7 @@ class Demo:
             *("--validation", str(trained.validation)),
             *("--draws", str(self.draws)),
             *("--image-shape", "8", "8"),
+            *COMPRESSION,
             *("--output", str(self.output)),
         ]
         if self.steps:

@@ -18,6 +18,7 @@ from torch.nn import functional
 from pushforward.errors import DataError, OptionError
 
 __all__ = [
+    "COMPRESSION",
     "DEGENERACY",
     "THERMALIZATION",
     "DigitsRun",
@@ -25,6 +26,9 @@ __all__ = [
     "prepare_digits",
     "small_network",
 ]
+
+COMPRESSION = ("--prune", "0.3", "0.5", "0.7", "--quantise", "8", "4")
+"""Options of the report for its section on how far smaller versions of the classifier are."""
 
 DEGENERACY = ("--degeneracy", "langevin", "--localization", "100")
 """Options of the report for its section on how degenerate the classifier is."""

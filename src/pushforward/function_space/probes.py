@@ -49,8 +49,8 @@ def probe(reference: ReferenceNetwork, number: int) -> Params:
         All tensors of the reference; buffers and vectors are left alone by pruning and
         quantisation.
     """
-    kinds: list[tuple[Callable[[Tensor, float, torch.Generator], Tensor], float]]
-    kinds = [(_noisy, size) for size in _NOISE] + [(_mixed, size) for size in _ROTATION]
+    kinds: list[tuple[Callable[[Tensor, float, torch.Generator], Tensor], float]] = []
+    kinds += [(_noisy, size) for size in _NOISE] + [(_mixed, size) for size in _ROTATION]
     kinds += [(_pruned, share) for share in _PRUNED] + [(_quantised, bits) for bits in _BITS]
     change, size = kinds[number]
     generator = stream(0, "function-space probes", number)

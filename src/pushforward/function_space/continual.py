@@ -1,0 +1,376 @@
+"""``learn_tasks``: one network learns tasks one after the other, held near what it was before."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pushforward.errors import NetworkError, OptionError, WeightsError
+from pushforward.function_space.metrics import Metric
+from pushforward.function_space.penalty import DistanceMeasure, FunctionSpacePenalty
+from pushforward.function_space.task_sequence import TaskSequence
+from pushforward.function_space.tasks import OpenTask, Task, evaluating
+from pushforward.runs.progress import track
+from pushforward.runs.rng import derived_seed, stream
+from pushforward.runs.store import Checkpoint, fingerprint
+
+__all__ = ["Task", "learn_tasks"]
+
+Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Outputs of the task and its targets -> mean over the batch."""
+
+
+def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Adam with learning rate 0.001."""
+    return torch.optim.Adam(parameters, lr=1e-3)
+
+
+def learn_tasks(
+    net: nn.Module,
+    tasks: Sequence[Task],
+    *,
+    summarise: Callable[[nn.Module, Task], DistanceMeasure] | None,
+    scale: float = 1.0,
+    metric: Metric | None = None,
+    tasks_per_step: int | None = None,
+    resample: bool = False,
+    distance_options: dict[str, Any] | None = None,
+    epochs: int = 10,
+    batch_size: int = 128,
+    optimiser: Callable[[list[nn.Parameter]], torch.optim.Optimizer] = adam,
+    loss: Loss = functional.cross_entropy,
+    evaluate: Callable[[nn.Module, Task], float] | None = None,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> TaskSequence:
+    """Train a network on one task after the other, penalised for leaving what it was.
+
+    The loss on a batch of the present task plus a `FunctionSpacePenalty` over the tasks before it;
+    after each task what `summarise` makes of it is kept, and its data are not needed any more. The
+    optimiser goes on from task to task.
+
+    Parameters
+    ----------
+    net
+        Trained in place, in training mode.
+    tasks
+        In the order of learning.
+    summarise
+        ``(net, task) -> measure``, such as ``lambda net, task: pf.summarize(net, task.train)``;
+        called when a task has been learned, with the network in evaluation mode. None: no penalty.
+    scale, metric, tasks_per_step, resample
+        Of the penalty, see `FunctionSpacePenalty`.
+    distance_options
+        What else is passed to ``measure.distance``, such as ``{"estimator": "gaussian"}``.
+    epochs, batch_size
+        Passes over the training data of each task, and examples at a time.
+    optimiser
+        Trainable parameters -> optimiser. Default: Adam with learning rate 0.001.
+    loss
+        ``(outputs of the task, targets) ->`` mean over a batch. Integer labels are those among the
+        outputs of the task by then.
+    evaluate
+        ``(net, task) -> number``. Default: the share of the test data whose largest output, among
+        those of the task, is that of the label.
+    seed
+        Of orders, dropout and draws.
+    checkpoint
+        Folder in which the state is kept after every epoch: the same call, with the same initial
+        weights, goes on from there, to the same result bit for bit. Measures are not stored:
+        `summarise` is called again with the weights of then, and must give the same.
+    progress
+        Whether to show a bar; None: on a terminal, when it takes long.
+
+    Returns
+    -------
+    TaskSequence
+        Accuracies of all tasks after each.
+
+    Raises
+    ------
+    OptionError
+        For no tasks, options out of range, or what is no measure.
+    DataError
+        For data that cannot be read, or labels outside of the outputs of their task.
+    NetworkError
+        When a loss is not finite.
+    WeightsError
+        For a folder with the state of another computation, or a measure that `summarise` does not
+        give again.
+    PushforwardError
+        Whatever `summarise` or the measures refuse.
+
+    Examples
+    --------
+    >>> import pushforward as pf, torch
+    >>> from pushforward.function_space.continual import Task, learn_tasks
+    >>> x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    >>> tasks = [Task((x, (x[:, i] > 0).long()), (x, (x[:, i] > 0).long())) for i in range(2)]
+    >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> found = learn_tasks(
+    ...     net, tasks, summarise=lambda net, task: pf.summarize(net, task.train), epochs=1
+    ... )
+    >>> found.accuracy.shape
+    torch.Size([2, 2])
+    """
+    if not tasks:
+        raise OptionError("there are none", where="tasks", advice="Give at least one task.")
+    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+        if value < 1:
+            raise OptionError(f"{value!r}", where=name, advice="Give a positive number.")
+    options = distance_options or {}
+    penalty = FunctionSpacePenalty(
+        scale=scale,
+        metric=metric,
+        tasks_per_step=tasks_per_step,
+        resample=resample,
+        seed=seed,
+        **options,
+    )
+    device = next((p.device for p in net.parameters()), torch.device("cpu"))
+    opened = [OpenTask.of(task, number, net, device) for number, task in enumerate(tasks)]
+    optimiser_of_all = optimiser([p for p in net.parameters() if p.requires_grad])
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimiser_of_all.param_groups]
+    settings = {
+        "optimiser": f"{type(optimiser_of_all).__name__} {groups}",
+        "seed": seed,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "penalty": None if summarise is None else repr(penalty),
+        "net": fingerprint(_tensors(net)),
+        "tasks": [task.identity for task in opened],
+    }
+    learner = _Learner(net, opened, summarise, penalty, optimiser_of_all, loss, evaluate, settings)
+    store = None if checkpoint is None else _Store(checkpoint, settings)
+    with track(len(tasks) * epochs, "Learning tasks", enabled=progress) as advance:
+        learner.run(store, advance)
+    return learner.result()
+
+
+class _Learner:
+    """The loop and its state: what has been learned, and where it is."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        tasks: list[OpenTask],
+        summarise: Callable[[nn.Module, Task], DistanceMeasure] | None,
+        penalty: FunctionSpacePenalty,
+        optimiser: torch.optim.Optimizer,
+        loss: Loss,
+        evaluate: Callable[[nn.Module, Task], float] | None,
+        settings: dict[str, Any],
+    ) -> None:
+        self.net, self.tasks, self.summarise, self.penalty = net, tasks, summarise, penalty
+        self.loss, self.evaluate = loss, evaluate
+        self.seed, self.epochs = settings["seed"], settings["epochs"]
+        self.batch_size = settings["batch_size"]
+        self.optimiser = optimiser
+        self.initial = {name: tensor.clone() for name, tensor in _tensors(net).items()}
+        count = len(tasks)
+        self.finished = 0  # epochs, over all tasks
+        self.measured = 0  # tasks with a column of accuracies
+        self.accuracy = [[float("nan")] * count for _ in range(count)]
+        self.losses: list[list[float]] = [[] for _ in tasks]
+        self.penalties: list[list[float]] = [[] for _ in tasks]
+        self.training_seconds = [0.0] * count
+        self.summary_seconds = [0.0] * count
+        self.distances: list[float] = []  # from the initial weights, to know a measure again
+
+    def run(self, store: _Store | None, advance: Callable[[int], None]) -> None:
+        if store is not None and store.load(self):
+            self.recall(store)
+            advance(self.finished)
+        for number, task in enumerate(self.tasks):
+            while self.finished < self.epochs * (number + 1):
+                epoch = self.finished - self.epochs * number
+                start = perf_counter()
+                self.train(number, epoch)
+                self.training_seconds[number] += perf_counter() - start
+                self.finished += 1
+                if store is not None:
+                    store.save(self)
+                advance(1)
+            if self.measured > number:
+                continue
+            with evaluating(self.net):
+                for i, earlier in enumerate(self.tasks[: number + 1]):
+                    self.accuracy[i][number] = self.score(earlier)
+            self.measured = number + 1
+            if self.summarise is not None and number + 1 < len(self.tasks):
+                start = perf_counter()
+                self.distances.append(self.keep(task))
+                self.summary_seconds[number] = perf_counter() - start
+                if store is not None:
+                    store.save_past(number, self.net)
+            if store is not None:
+                store.save(self)
+
+    def train(self, number: int, epoch: int) -> None:
+        """One pass over the data of a task."""
+        task = self.tasks[number]
+        order = stream(self.seed, "continual learning", "order", number, epoch)
+        count = 0
+        sums = torch.zeros(2, dtype=torch.float64)
+        self.net.train()
+        # Dropout draws from the global generator; its state stays what the caller left.
+        with _global_seed(self.net, self.seed, "dropout", number, epoch):
+            for batch in task.train.minibatches(self.batch_size, order):
+                outputs, targets = task.outputs_and_targets(self.net, batch)
+                loss = self.loss(outputs, targets)
+                penalty = self.penalty(self.net)
+                self.optimiser.zero_grad()
+                (loss + penalty).backward()
+                self.optimiser.step()
+                pair = torch.stack([loss.detach(), penalty.detach().to(loss)]).double()
+                sums, count = sums.to(pair) + len(batch) * pair, count + len(batch)
+        means = (sums / count).tolist()
+        if not all(map(_is_finite, means)):
+            raise NetworkError(
+                f"the loss is {means[0]:g} and the penalty {means[1]:g}",
+                where=f"{task.name}, epoch {epoch + 1}",
+                advice="Lower the learning rate or the scale of the penalty.",
+            )
+        self.losses[number].append(means[0])
+        self.penalties[number].append(means[1])
+
+    def score(self, task: OpenTask) -> float:
+        if self.evaluate is not None:
+            return float(self.evaluate(self.net, task.given))
+        return task.accuracy(self.net)
+
+    def keep(self, task: OpenTask) -> float:
+        """Summarise a task at the present weights, and say how far the initial ones are."""
+        assert self.summarise is not None
+        number = len(self.penalty)
+        with evaluating(self.net), _global_seed(self.net, self.seed, "summary", number):
+            measure = self.summarise(self.net, task.given)
+        self.penalty.add(measure, outputs=task.given.outputs)
+        options = dict(self.penalty.options)
+        if self.penalty.metric is not None:
+            options["metric"] = self.penalty.metric
+        with torch.no_grad():
+            moved = measure.distance(self.initial, **options)
+        return float(moved)
+
+    def recall(self, store: _Store) -> None:
+        """Make the measures of the past tasks again, from the weights of then."""
+        now = {name: tensor.clone() for name, tensor in _tensors(self.net).items()}
+        for number, known in enumerate(self.distances):
+            _load(self.net, store.load_past(number))
+            if self.keep(self.tasks[number]) != known:
+                raise WeightsError(
+                    f"summarise does not give the measure of {self.tasks[number].name} again",
+                    where="checkpoint",
+                    advice="Go on with the same function, and give what it draws a fixed seed.",
+                )
+        _load(self.net, now)
+
+    def result(self) -> TaskSequence:
+        kept = [getattr(past.measure, "num_bytes", 0) for past in self.penalty.past]
+        return TaskSequence(
+            tuple(task.name for task in self.tasks),
+            torch.tensor(self.accuracy, dtype=torch.float64),
+            torch.tensor(self.losses, dtype=torch.float64),
+            torch.tensor(self.penalties, dtype=torch.float64),
+            tuple(self.training_seconds),
+            tuple(self.summary_seconds),
+            tuple(kept + [0] * (len(self.tasks) - len(kept))),
+        )
+
+
+_LISTS = ("accuracy", "losses", "penalties", "training_seconds", "summary_seconds", "distances")
+
+
+class _Store:
+    """The state of a `_Learner` on disk: where it is, and its weights after each past task."""
+
+    def __init__(self, folder: str | os.PathLike[str], identity: dict[str, Any]) -> None:
+        self.folder, self.identity = Path(folder), identity
+        self.state = Checkpoint(self.folder, identity)
+
+    def save(self, learner: _Learner) -> None:
+        optimiser = learner.optimiser.state_dict()
+        tensors = {f"net.{name}": tensor for name, tensor in _tensors(learner.net).items()}
+        numbers: dict[str, dict[str, Any]] = {}
+        for index, values in optimiser["state"].items():
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimiser.{index}.{name}"] = value
+                else:
+                    numbers.setdefault(str(index), {})[name] = value
+        tensors["penalty"] = learner.penalty.get_extra_state()
+        state = {name: getattr(learner, name) for name in (*_LISTS, "finished", "measured")}
+        self.state.save(tensors, state | {"optimiser": numbers})
+
+    def load(self, learner: _Learner) -> bool:
+        """Put the learner where it was; False when nothing was saved."""
+        loaded = self.state.load()
+        if loaded is None:
+            return False
+        tensors, state = loaded
+        _load(learner.net, _under("net.", tensors))
+        optimiser = learner.optimiser.state_dict()
+        values: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in state["optimiser"].items()}
+        for path, tensor in _under("optimiser.", tensors).items():
+            index, name = path.split(".", 1)
+            values.setdefault(int(index), {})[name] = tensor
+        learner.optimiser.load_state_dict({**optimiser, "state": values})
+        learner.penalty.set_extra_state(tensors["penalty"])
+        for name in (*_LISTS, "finished", "measured"):
+            setattr(learner, name, state[name])
+        return True
+
+    def save_past(self, number: int, net: nn.Module) -> None:
+        self._past(number).save(_tensors(net), {})
+
+    def load_past(self, number: int) -> dict[str, Tensor]:
+        loaded = self._past(number).load()
+        if loaded is None:
+            raise WeightsError(
+                f"the weights after task {number + 1} are missing",
+                where=str(self._past(number).path),
+                advice="Begin again in another folder.",
+            )
+        return loaded[0]
+
+    def _past(self, number: int) -> Checkpoint:
+        return Checkpoint(self.folder / f"task-{number + 1}", self.identity)
+
+
+def _tensors(net: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, those that are not saved usually too."""
+    return {n: t.detach() for n, t in chain(net.named_parameters(), net.named_buffers())}
+
+
+def _load(net: nn.Module, tensors: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in _tensors(net).items():
+            tensor.copy_(tensors[name])
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0
+
+
+@contextmanager
+def _global_seed(net: nn.Module, seed: int, *path: str | int) -> Iterator[None]:
+    """The global generators on a stream of their own for a while."""
+    cuda = {p.device.index or 0 for p in net.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(sorted(cuda)):
+        torch.manual_seed(derived_seed(seed, "continual learning", *path))
+        yield

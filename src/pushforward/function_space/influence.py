@@ -1,0 +1,636 @@
+"""What single examples did to a network: pairwise and self-influence, and retrained responses.
+
+Removing one of ``N`` training examples moves the minimum of the proximal objective (Bae et al.,
+arXiv 2209.05364)
+
+    FSD(theta) - L(z_m, theta) / N + damping |theta - theta_s|^2 / 2,
+
+in which the distance ``FSD`` to the trained function stands for all data. Linearised at ``theta_s``
+the minimum moves by ``(G + damping I)^{-1} grad L(z_m) / N``, where ``G`` is the Hessian of the
+distance; the loss of a query ``q`` then changes by
+
+    influence(q, m) = grad L(z_q)^T (G + damping I)^{-1} grad L(z_m) / N.
+
+No data are needed for ``G`` when the distance comes from a summary.
+
+Sign and scale
+--------------
+A score is a change of the query's loss, in the units of the loss (nats for cross-entropy), when
+*one* example out of ``N`` is *removed*. Positive: without the example the query's loss is higher,
+so the example helps. Negative: it harms. Without the factor ``1/N`` scores would look ``N`` times
+larger. The examples need not be training examples: for another one the score is what leaving it out
+would have changed, had it been one of the ``N``, to first order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pushforward.errors import DataError, OptionError, ResourceError
+from pushforward.function_space.curvature import (
+    DistanceMeasure,
+    GaussNewton,
+    SolveMethod,
+    Solver,
+)
+from pushforward.function_space.example_gradients import ExampleGradients, Loss, metric_of
+from pushforward.function_space.metrics import Metric
+from pushforward.networks.data import Examples
+from pushforward.runs.estimate import Check, Cost, Status, to_jsonable, worst_status
+from pushforward.runs.progress import track
+
+__all__ = [
+    "InfluenceScores",
+    "SelfInfluence",
+    "influence",
+    "known_size",
+    "self_influence",
+    "training_size",
+]
+
+Effect = Literal["loss", "outputs"]
+
+_SOLVED_BYTES = 2**29  # of solved right-hand sides at once
+_MEMORY = 2**33  # of scores
+_ACCURATE = 1e-3  # residual of a linear system above which scores are doubtful
+
+
+@dataclass(frozen=True, eq=False)
+class InfluenceScores:
+    """Effects of removing each of several examples, see the file for sign and scale.
+
+    Parameters
+    ----------
+    scores
+        ``(Q, M)``: change of the loss of query ``q`` on removing example ``m``; for
+        ``effect="outputs"`` ``(Q, K, M)``, the change of each output.
+    effect
+        Of which the scores are changes.
+    damping
+        That was added to the curvature.
+    num_examples
+        The ``N`` of which one is removed.
+    method
+        One sentence that says how the scores were obtained.
+    cost
+        Time, and gradients of single examples as evaluations.
+    checks
+        What was verified.
+    """
+
+    scores: Float[Tensor, "Q *K M"]
+    effect: Effect
+    damping: float
+    num_examples: int
+    method: str
+    cost: Cost
+    checks: tuple[Check, ...] = field(default_factory=tuple)
+
+    @property
+    def status(self) -> Status:
+        """The worst status among the checks."""
+        return worst_status(self.checks)
+
+    def top(
+        self, k: int, *, harmful: bool = False
+    ) -> tuple[Int[Tensor, "Q *K k"], Float[Tensor, "Q *K k"]]:
+        """The most influential examples of each query.
+
+        Parameters
+        ----------
+        k
+            How many.
+        harmful
+            The most negative scores instead of the most positive: examples whose removal would
+            lower the loss.
+
+        Returns
+        -------
+        numbers
+            ``(Q, k)`` positions among the examples, the strongest first.
+        scores
+            ``(Q, k)``, theirs.
+
+        Raises
+        ------
+        OptionError
+            If there are not so many.
+        """
+        count = self.scores.shape[-1]
+        if not 1 <= k <= count:
+            raise OptionError(f"{k!r} of {count}", where="k", advice=f"Choose 1 to {count}.")
+        found = self.scores.topk(k, -1, largest=not harmful)
+        return found.indices, found.values
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python objects, ready for JSON.
+
+        Returns
+        -------
+        dict
+            Tensors as nested lists.
+        """
+        return to_jsonable(self)
+
+    def plot(self, query: int = 0, k: int = 10) -> Any:
+        """The most helpful and the most harmful examples of a query as bars.
+
+        Parameters
+        ----------
+        query
+            Its number.
+        k
+            How many of each kind.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            Needs matplotlib.
+        """
+        from pushforward.function_space.influence_plots import plot_influence
+
+        return plot_influence(self, query, k)
+
+    def __repr__(self) -> str:
+        lines = [
+            f"InfluenceScores of shape {tuple(self.scores.shape)}: change of the {self.effect} on "
+            f"removing one of {self.num_examples:,} examples",
+            f"  {self.method}",
+            f"  cost: {self.cost}",
+        ]
+        lines += [f"  {check}" for check in self.checks if check.status != "pass"]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class SelfInfluence:
+    """Effect of removing each example on its own loss.
+
+    Parameters
+    ----------
+    scores
+        ``(M,)``, never negative: by how much the example's own loss would rise without it.
+    losses
+        ``(M,)``, the loss of each example.
+    gradient_norms
+        ``(M,)``, the length of its gradient.
+    damping, num_examples, method, cost, checks
+        As in `InfluenceScores`.
+    """
+
+    scores: Float[Tensor, " M"]
+    losses: Float[Tensor, " M"]
+    gradient_norms: Float[Tensor, " M"]
+    damping: float
+    num_examples: int
+    method: str
+    cost: Cost
+    checks: tuple[Check, ...] = field(default_factory=tuple)
+
+    @property
+    def status(self) -> Status:
+        """The worst status among the checks."""
+        return worst_status(self.checks)
+
+    def top(self, k: int) -> tuple[Int[Tensor, " k"], Float[Tensor, " k"]]:
+        """The examples with the largest scores.
+
+        Parameters
+        ----------
+        k
+            How many.
+
+        Returns
+        -------
+        numbers
+            ``(k,)`` positions among the examples.
+        scores
+            ``(k,)``, falling.
+
+        Raises
+        ------
+        OptionError
+            If there are not so many.
+        """
+        if not 1 <= k <= len(self.scores):
+            raise OptionError(
+                f"{k!r} of {len(self.scores)}",
+                where="k",
+                advice=f"Choose 1 to {len(self.scores)}.",
+            )
+        found = self.scores.topk(k)
+        return found.indices, found.values
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python objects, ready for JSON.
+
+        Returns
+        -------
+        dict
+            Tensors as nested lists.
+        """
+        return to_jsonable(self)
+
+    def plot(self) -> Any:
+        """Score against loss, a point for each example.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            Needs matplotlib.
+        """
+        from pushforward.function_space.influence_plots import plot_self_influence
+
+        return plot_self_influence(self)
+
+    def __repr__(self) -> str:
+        lines = [
+            f"SelfInfluence of {len(self.scores):,} examples out of {self.num_examples:,}",
+            f"  {self.method}",
+            f"  cost: {self.cost}",
+        ]
+        lines += [f"  {check}" for check in self.checks if check.status != "pass"]
+        return "\n".join(lines)
+
+
+def influence(
+    measure: DistanceMeasure | GaussNewton,
+    queries: Any,
+    examples: Any,
+    loss: Loss = "cross_entropy",
+    *,
+    damping: float,
+    effect: Effect = "loss",
+    num_examples: int | None = None,
+    metric: Metric | None = None,
+    subset: str | Iterable[str] | None = None,
+    estimator: str | None = None,
+    method: SolveMethod = "auto",
+    tolerance: float = 1e-6,
+    max_steps: int = 2000,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> InfluenceScores:
+    """How removing examples from the training data would change queries (see the file).
+
+    Parameters
+    ----------
+    measure
+        A distance from the trained network: a summary, or a baseline. Its weights are the trained
+        ones. Or its `GaussNewton` matrix, which several calls then share; it has a metric, a subset
+        and an estimator of its own.
+    queries
+        Examples whose loss is asked about: anything that `Examples.read` takes, with targets.
+    examples
+        Those that are removed, one at a time; likewise.
+    loss
+        ``"cross_entropy"``, ``"squared"`` (``|z - y|^2 / 2``, summed over outputs), or a function
+        of the outputs ``(K,)`` and the target of one example.
+    damping
+        Positive; added to the curvature. It plays the part of weight decay, in the same units:
+        the mean loss plus ``damping |theta|^2 / 2``. Small damping asks more of the distance:
+        with estimated ones 1e-1 is safer than 1e-3.
+    effect
+        ``"outputs"``: the change of each output of the queries instead of that of their loss.
+    num_examples
+        ``N``, of which one is removed; default what the measure was made from.
+    metric
+        Default ``"fisher"`` for cross-entropy, ``"euclidean"`` for squared loss.
+    subset
+        Patterns of parameter names: only these move.
+    estimator
+        Of a summary; default its own.
+    method, tolerance, max_steps
+        Of the linear systems, see `GaussNewton.solver`.
+    batch_size
+        Examples whose gradients are taken at once; default by memory.
+    progress
+        True or False to show a bar or not; None on a terminal only.
+
+    Returns
+    -------
+    InfluenceScores
+        Positive where the example helps the query.
+
+    Raises
+    ------
+    OptionError
+        For an unknown loss, effect or metric, damping that is not positive, or an unknown number
+        of training examples; when the damped curvature is not positive definite.
+    ResourceError
+        If the scores would take more than 8 GiB.
+
+    Notes
+    -----
+    Up to 8,192 parameters the curvature is formed and factorised: as many backward passes through
+    the distance as there are parameters, once. Beyond that every step of conjugate gradients takes
+    one backward pass for each query or example, whichever are fewer; there a
+    `KroneckerDistance`, which solves in closed form, or a `subset` of the last layers costs far
+    less.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from pushforward.function_space.summarize import summarize
+    >>> net = torch.nn.Linear(2, 1).double()
+    >>> x, y = torch.randn(20, 2).double(), torch.randn(20, 1).double()
+    >>> summary = summarize(net, x)
+    >>> found = influence(summary, (x[:3], y[:3]), (x, y), "squared", damping=0.1)
+    >>> found.scores.shape, bool(found.scores[0, 0] > 0)
+    (torch.Size([3, 20]), True)
+    """
+    begun = perf_counter()
+    if effect not in get_args(Effect):
+        raise OptionError(
+            f"unknown effect {effect!r}", where="effect", advice="Choose loss or outputs."
+        )
+    curvature = _curvature_of(measure, loss, metric, subset, estimator)
+    gradients = ExampleGradients(curvature.reference, curvature.space, loss)
+    asked, removed = gradients.open(queries, "queries"), gradients.open(examples, "examples")
+    total = training_size(curvature.measure, num_examples)
+    solver = curvature.solver(damping, method, tolerance=tolerance, max_steps=max_steps)
+    width = 1 if effect == "loss" else _num_outputs(gradients, asked)
+    _require_room(len(asked) * width, len(removed))
+    # The smaller side is solved for, the larger one streams by.
+    by_query = len(asked) * width <= len(removed)
+    left = _Side(gradients, asked, effect, gradients.batch_size(batch_size, width))
+    right = _Side(gradients, removed, "loss", gradients.batch_size(batch_size))
+    solved, streamed = (left, right) if by_query else (right, left)
+    found, residual, steps = _products(solver, solved, streamed, progress)
+    scores = (found if by_query else found.T) / total
+    if effect == "outputs":
+        scores = scores.reshape(len(asked), width, len(removed))
+    return InfluenceScores(
+        scores,
+        effect,
+        float(damping),
+        total,
+        _described(solver, loss),
+        Cost(0.0, perf_counter() - begun, len(asked) + len(removed)),
+        (_system_check(solver, residual, steps), _share_check(curvature, solver)),
+    )
+
+
+def self_influence(
+    measure: DistanceMeasure | GaussNewton,
+    examples: Any,
+    loss: Loss = "cross_entropy",
+    *,
+    damping: float,
+    num_examples: int | None = None,
+    metric: Metric | None = None,
+    subset: str | Iterable[str] | None = None,
+    estimator: str | None = None,
+    method: SolveMethod = "auto",
+    tolerance: float = 1e-6,
+    max_steps: int = 2000,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> SelfInfluence:
+    """How removing an example would raise its own loss: the diagonal of `influence`.
+
+    Parameters
+    ----------
+    measure, loss, damping, num_examples, metric, subset, estimator
+        As in `influence`.
+    examples
+        Anything that `Examples.read` takes, with targets.
+    method, tolerance, max_steps, batch_size, progress
+        As in `influence`.
+
+    Returns
+    -------
+    SelfInfluence
+        With the loss and the length of the gradient beside each score.
+
+    Raises
+    ------
+    DataError
+        If a score comes out negative, which only a measure's own solve can do.
+    """
+    begun = perf_counter()
+    curvature = _curvature_of(measure, loss, metric, subset, estimator)
+    gradients = ExampleGradients(curvature.reference, curvature.space, loss)
+    opened = gradients.open(examples, "examples")
+    total = training_size(curvature.measure, num_examples)
+    solver = curvature.solver(damping, method, tolerance=tolerance, max_steps=max_steps)
+    residual, steps = 0.0, 0
+    scores, losses, lengths = [], [], []
+    size = gradients.batch_size(batch_size)
+    with track(len(opened), "Self-influence", enabled=progress) as advance:
+        for batch, values, rows in gradients.batches(opened, size):
+            solution = solver.solve(rows.T.to(curvature.dtype))
+            residual, steps = _worse(residual, solution.residual), steps + solution.steps
+            scores.append((rows * solution.vectors.T).sum(1).double())
+            losses.append(values)
+            lengths.append(rows.norm(dim=1))
+            advance(len(batch))
+    found, norms = torch.cat(scores), torch.cat(lengths)
+    # What rounding may do to a positive number; g^T g / damping bounds each score from above.
+    if bool((found < -1e-9 * norms.square() / damping).any()):
+        raise DataError(
+            f"a self-influence of {float(found.min()):.3g} came out negative",
+            where="measure",
+            advice="Its curvature is not positive definite: use another solve method.",
+        )
+    return SelfInfluence(
+        found.clamp(min=0) / total,
+        torch.cat(losses),
+        norms,
+        float(damping),
+        total,
+        _described(solver, loss),
+        Cost(0.0, perf_counter() - begun, len(opened)),
+        (_system_check(solver, residual, steps), _share_check(curvature, solver)),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """Gradients of queries or of examples, streamed."""
+
+    gradients: ExampleGradients
+    examples: Examples
+    effect: Effect
+    batch_size: int
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in self.examples.batches(self.batch_size):
+            if self.effect == "outputs":
+                yield self.gradients.output_rows(batch)[1].flatten(0, 1)
+            else:
+                yield self.gradients.rows(batch, self.examples.name)[1]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+def _products(
+    solver: Solver, solved: _Side, streamed: _Side, progress: bool | None
+) -> tuple[Tensor, float, int]:
+    """Bilinear forms in the inverse, ``(solved, streamed)``, with the worst residual and steps."""
+    most = max(1, _SOLVED_BYTES // (8 * solver.curvature.space.size))
+    residual, steps, blocks = 0.0, 0, []
+    with track(len(solved), "Influence", enabled=progress) as advance:
+        for rows in _gathered(solved, most):
+            solution = solver.solve(rows.T.to(solver.curvature.dtype))
+            residual, steps = _worse(residual, solution.residual), steps + solution.steps
+            answers = solution.vectors.T.double()
+            blocks.append(torch.cat([answers @ other.T for other in streamed], 1))
+            advance(len(rows))
+    return torch.cat(blocks), residual, steps
+
+
+def _gathered(rows: Iterable[Tensor], most: int) -> Iterator[Tensor]:
+    """Join small batches and split large ones, so that each block has `most` rows but the last.
+
+    Yields
+    ------
+    Tensor
+        ``(n, P)``.
+    """
+    held: list[Tensor] = []
+    count = 0
+    for piece in rows:
+        for part in piece.split(most):
+            if held and count + len(part) > most:
+                yield torch.cat(held)
+                held, count = [], 0
+            held.append(part)
+            count += len(part)
+    if held:
+        yield torch.cat(held)
+
+
+def _curvature_of(
+    measure: DistanceMeasure | GaussNewton,
+    loss: Loss,
+    metric: Metric | None,
+    subset: str | Iterable[str] | None,
+    estimator: str | None,
+) -> GaussNewton:
+    if not isinstance(measure, GaussNewton):
+        metric = metric_of(loss, metric)
+        return GaussNewton.of(measure, metric=metric, subset=subset, estimator=estimator)
+    if metric is not None or subset is not None or estimator is not None:
+        raise OptionError(
+            "metric, subset and estimator belong to the matrix that was given",
+            where="measure",
+            advice="Pass them to GaussNewton.of.",
+        )
+    return measure
+
+
+def training_size(measure: Any, given: int | None) -> int:
+    """How many training examples there were, of which one is removed.
+
+    Parameters
+    ----------
+    measure
+        It may know, as `num_examples`.
+    given
+        What the caller says; it wins.
+
+    Returns
+    -------
+    int
+        At least 1.
+
+    Raises
+    ------
+    OptionError
+        If nobody knows, or the number is none.
+    """
+    number = known_size(measure) if given is None else given
+    if number is None:
+        raise OptionError(
+            f"{type(measure).__name__} does not know how many training examples there were",
+            where="num_examples",
+            advice="Give num_examples: scores are for removing one out of so many.",
+        )
+    if isinstance(number, bool) or int(number) != number or number < 1:
+        raise OptionError(
+            f"{number!r} training examples",
+            where="num_examples",
+            advice="Give a positive whole number.",
+        )
+    return int(number)
+
+
+def known_size(measure: Any) -> int | None:
+    """How many examples a measure was made from, if it says so."""
+    number = getattr(measure, "num_examples", None)
+    return None if number is None else int(number)
+
+
+def _num_outputs(gradients: ExampleGradients, examples: Examples) -> int:
+    batch = examples.select(torch.tensor([0]))
+    return int(gradients.output_rows(batch)[0].shape[1])
+
+
+def _require_room(rows: int, columns: int) -> None:
+    if 8 * rows * columns > _MEMORY:
+        raise ResourceError(
+            f"{rows:,} x {columns:,} scores take {8 * rows * columns / 2**30:.1f} GiB",
+            where="influence",
+            advice="Ask about fewer queries at a time, or use self_influence.",
+        )
+
+
+def _worse(first: float, second: float) -> float:
+    return second if second != second or second > first else first
+
+
+def _described(solver: Solver, loss: Loss) -> str:
+    name = loss if isinstance(loss, str) else getattr(loss, "__name__", "a function")
+    ways: dict[str, str] = {
+        "cholesky": "a Cholesky factor",
+        "conjugate_gradients": "block conjugate gradients",
+        "own": "its own damped solve",
+    }
+    return (
+        f"linearised proximal response of {name} through the curvature of "
+        f"{type(solver.curvature.measure).__name__} ({solver.curvature.metric}, damping "
+        f"{solver.damping:g}), {ways[solver.method]}"
+    )
+
+
+def _system_check(solver: Solver, residual: float, steps: int) -> Check:
+    name = "linear-system"
+    if solver.method == "own":
+        return Check(name, "pass", "closed form of the measure")
+    detail = f"largest relative residual {residual:.2g}" + (f", {steps} steps" if steps else "")
+    if residual <= _ACCURATE:
+        return Check(name, "pass", detail)
+    return Check(
+        name,
+        "warn" if residual < 0.1 else "fail",
+        detail,
+        "Allow more steps (max_steps), or use more damping.",
+    )
+
+
+def _share_check(curvature: GaussNewton, solver: Solver) -> Check:
+    """Whether the curvature counts beside the damping at all."""
+    name = "damping"
+    if solver.method != "cholesky":
+        return Check(name, "pass", f"damping {solver.damping:.3g}; the curvature was not formed")
+    mean = float(curvature.dense().diagonal().mean())
+    top = float(curvature.dense().diagonal().max())
+    detail = f"damping {solver.damping:.3g}; diagonal of the curvature: mean {mean:.3g}, largest "
+    detail += f"{top:.3g}"
+    if solver.damping <= 10 * top:
+        return Check(name, "pass", detail)
+    return Check(
+        name,
+        "warn",
+        detail,
+        "The damping outweighs the curvature: scores are little more than products of gradients.",
+    )

@@ -1,0 +1,188 @@
+"""Tasks that are learned one after the other: data, and the outputs that they are about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pushforward.errors import DataError
+from pushforward.function_space.network import select_outputs
+from pushforward.function_space.penalty import Outputs
+from pushforward.networks.data import Batch, Examples
+
+__all__ = ["OpenTask", "Task", "evaluating"]
+
+_EVALUATION_BATCH = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Data to learn from, data to test on, and the outputs that the task is about.
+
+    Parameters
+    ----------
+    train, test
+        ``(inputs, targets)``, a loader, or whatever else `pushforward.laplace` takes. Labels are
+        numbers of outputs of the whole network.
+    outputs
+        Which outputs of the network belong to the task, its head: loss and accuracy look at no
+        others. None: all.
+    name
+        How tables call it.
+    """
+
+    train: Any
+    test: Any
+    outputs: Outputs = None
+    name: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class OpenTask:
+    """A task whose data are open.
+
+    Parameters
+    ----------
+    given
+        By the user.
+    name
+        Never empty.
+    train, test
+        Its data, on the device of the network.
+    chosen
+        Numbers of its outputs; None for all.
+    places
+        Place among them of each output of the network, -1 for others.
+    identity
+        What tells the task from others, in JSON's types.
+    """
+
+    given: Task
+    name: str
+    train: Examples
+    test: Examples
+    chosen: Tensor | None
+    places: Tensor | None
+    identity: dict[str, Any]
+
+    @classmethod
+    def of(cls, task: Task, number: int, net: nn.Module, device: torch.device) -> OpenTask:
+        """Open the data of a task.
+
+        Parameters
+        ----------
+        task, number
+            What is given, and its place in the sequence.
+        net
+            That is to learn it.
+        device
+            For batches.
+
+        Returns
+        -------
+        OpenTask
+            Checked to fit the network.
+
+        Raises
+        ------
+        DataError
+            For data that cannot be read, or inputs that are not one tensor.
+        ShapeError
+            For outputs that the network does not have.
+        """
+        name = task.name or f"task {number + 1}"
+        train = Examples.read(task.train, name=f"training data of {name}", device=device)
+        test = Examples.read(task.test, name=f"test data of {name}", device=device)
+        chosen = places = None
+        first = train.select(torch.zeros(1, dtype=torch.long)).inputs
+        if not isinstance(first, Tensor):
+            raise DataError(
+                f"inputs are {type(first).__name__}",
+                where=train.name,
+                advice="Give tensors: the network is called with one.",
+            )
+        with evaluating(net), torch.no_grad():
+            count = net(first).flatten(1).shape[1]
+        if task.outputs is not None:
+            chosen = select_outputs(count, task.outputs)
+            assert chosen is not None
+            places = torch.full((count,), -1).scatter(0, chosen, torch.arange(len(chosen)))
+            chosen, places = chosen.to(device), places.to(device)
+        identity = {
+            "name": name,
+            "train": train.fingerprint(),
+            "test": test.fingerprint(),
+            "outputs": None if chosen is None else chosen.tolist(),
+        }
+        return cls(task, name, train, test, chosen, places, identity)
+
+    def outputs_and_targets(self, net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Run a batch and look at the head of the task.
+
+        Parameters
+        ----------
+        net
+            In any mode.
+        batch
+            Of its data.
+
+        Returns
+        -------
+        outputs
+            Those of the task.
+        targets
+            Labels are places among these outputs.
+
+        Raises
+        ------
+        DataError
+            For a label that is none of the outputs.
+        """
+        outputs, targets = net(batch.inputs), batch.targets
+        assert targets is not None  # asked for when the data were opened
+        if self.chosen is None:
+            return outputs, targets
+        assert self.places is not None
+        if not targets.is_floating_point() and targets.dim() == 1:
+            known = (targets >= 0) & (targets < len(self.places))
+            targets = torch.where(known, self.places[targets * known], -1)
+            if bool((targets < 0).any()):
+                raise DataError(
+                    f"example {int(batch.indices[(targets < 0).cpu()][0])} has a label outside of "
+                    "the outputs of the task",
+                    where=self.name,
+                    advice="Labels are numbers of outputs of the whole network.",
+                )
+        return outputs.index_select(1, self.chosen), targets
+
+    def accuracy(self, net: nn.Module) -> float:
+        """Share of the test data that is classified correctly.
+
+        Returns
+        -------
+        float
+            The largest of the outputs of the task decides.
+        """
+        hits = 0
+        with torch.no_grad():
+            for batch in self.test.batches(_EVALUATION_BATCH):
+                outputs, targets = self.outputs_and_targets(net, batch)
+                hits += int((outputs.argmax(1) == targets).sum())
+        return hits / len(self.test)
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode, module by module as it was afterwards."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
