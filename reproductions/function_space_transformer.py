@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from pushforward.errors import PushforwardError
-from pushforward.function_space.layer_statistics import same_arithmetic
 from pushforward.function_space.network import ReferenceNetwork
 from pushforward.function_space.synthetic import SyntheticInputs, SyntheticRun, token_inputs
 from pushforward.function_space.token_law import TokenLaw
@@ -191,7 +190,7 @@ def _measure(reference: ReferenceNetwork, sample: SyntheticInputs) -> Estimator:
 def _tangent(reference: ReferenceNetwork, names: list[str], stored: Tensor) -> Estimator:
     """``|J (theta - theta_0)|^2 / 2``, the mean over stored examples."""
     own = {name: tensor.clone().requires_grad_() for name, tensor in reference.tensors.items()}
-    with same_arithmetic():
+    with plain_attention():
         rows = reference.outputs(own, stored)
     cotangent = torch.zeros_like(rows, requires_grad=True)
     # Linear in the cotangent; its own derivative along a direction is the tangent there.

@@ -51,7 +51,7 @@ def test_no_example_is_in_the_file(saved):
     assert all(90 not in tensor.shape for tensor in tensors.values())
 
 
-def test_tokens_and_layers_come_back(tmp_path):
+def test_laws_of_tokens_come_back(tmp_path):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -62,7 +62,7 @@ def test_tokens_and_layers_come_back(tmp_path):
 
     torch.manual_seed(1)
     net = Net()
-    summary = summarize(net, torch.randint(0, 5, (40, 3)), layer_moments=True)
+    summary = summarize(net, torch.randint(0, 5, (40, 3)))
     summary.save(tmp_path / "tokens.safetensors")
     loaded = FunctionSummary.load(tmp_path / "tokens.safetensors", Net())
     other = moved(net, 0.2)

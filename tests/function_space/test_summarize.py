@@ -163,7 +163,7 @@ def test_transformers_on_tokens_by_running_them():
     net = _Tokens()
     pairs = torch.cartesian_prod(torch.arange(7), torch.arange(7))
     tokens = torch.stack([pairs[:, 0], torch.full((49,), 3), pairs[:, 1]], 1)
-    summary = summarize(net, tokens, layer_moments=True)
+    summary = summarize(net, tokens)
     other = moved(net, 0.05)
     net.eval()
     other.eval()
@@ -171,7 +171,9 @@ def test_transformers_on_tokens_by_running_them():
     assert summary.statistics.inputs is None
     with pytest.raises(UnsupportedLayerError, match="Embedding"):
         summary.distance(other, estimator="gaussian")
-    other_half = summarize(net, tokens[:20], layer_moments=True)
+    with pytest.raises(UnsupportedLayerError, match="Embedding"):
+        summarize(net, tokens, layer_moments=True)
+    other_half = summarize(net, tokens[:20])
     assert (summary + other_half).num_examples == 69
 
 

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from pushforward.errors import LawError, OptionError, ShapeError
-from pushforward.function_space.layer_statistics import LayerStatistics
 from pushforward.function_space.metrics import discrepancy
 from pushforward.function_space.network import ReferenceNetwork
 from pushforward.function_space.synthetic import (
@@ -54,15 +53,11 @@ def gradient(value, tensors):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("anchored", [False, True])
 @pytest.mark.parametrize("chunk", [1024, 10])
-def test_nothing_moved_is_exactly_zero(metric, anchored, chunk):
+def test_nothing_moved_is_exactly_zero(metric, chunk):
     reference = transformer()
     same = {name: t.clone().requires_grad_() for name, t in reference.tensors.items()}
-    statistics = LayerStatistics.of(reference, pairs()) if anchored else None
-    found = synthetic_distance(
-        reference, same, drawn_pairs(reference), metric, statistics=statistics, chunk=chunk
-    )
+    found = synthetic_distance(reference, same, drawn_pairs(reference), metric, chunk=chunk)
     assert found.value.item() == 0
     assert found.standard_error.item() == 0
     # The derivative of kl ends in a sum of probabilities, which is one up to rounding.
@@ -178,13 +173,11 @@ def test_components_are_weighted():
 # Gradients
 
 
-@pytest.mark.parametrize("anchored", [False, True])
 @pytest.mark.parametrize("metric", METRICS)
-def test_gradients_are_finite_differences(metric, anchored):
+def test_gradients_are_finite_differences(metric):
     reference = transformer()
     tensors = moved(reference.module, 4)
-    statistics = LayerStatistics.of(reference, pairs()) if anchored else None
-    run = SyntheticRun.of(reference, drawn_pairs(reference, 12), statistics=statistics)
+    run = SyntheticRun.of(reference, drawn_pairs(reference, 12))
     slopes = gradient(run.distance(tensors, metric).value, tensors)
     direction = {name: normal(5, *t.shape) for name, t in tensors.items()}
     slope = sum((g * d).sum() for g, d in zip(slopes, direction.values(), strict=True))
@@ -199,11 +192,9 @@ def test_gradients_are_finite_differences(metric, anchored):
 def test_chunks_change_nothing_but_memory():
     reference = transformer()
     tensors = moved(reference.module, 4)
-    statistics = LayerStatistics.of(reference, pairs())
     inputs = drawn_pairs(reference, 50)
     whole, parts = (
-        synthetic_distance(reference, tensors, inputs, statistics=statistics, chunk=chunk)
-        for chunk in (50, 7)
+        synthetic_distance(reference, tensors, inputs, chunk=chunk) for chunk in (50, 7)
     )
     torch.testing.assert_close(whole.value, parts.value)
     for first, second in zip(
@@ -231,68 +222,11 @@ def test_there_is_a_second_derivative(chunk):
     torch.testing.assert_close(curvature, small, rtol=1e-2, atol=0)
 
 
-# Anchoring
-
-
-def gathered(run):
-    """Moments of the reference run, seen by plain hooks behind those of the anchors."""
-    reference, seen = run.reference, {}
-    handles = []
-    with run._anchored():
-        for path in {name.rpartition("#")[0] for name in run.anchors}:
-
-            def hook(_module, _arguments, output, path=path):
-                seen[path] = output[0] if isinstance(output, tuple) else output
-
-            handles.append(reference.module.get_submodule(path).register_forward_hook(hook))
-        reference.outputs(reference.tensors, run.sample.inputs)
-    for handle in handles:
-        handle.remove()
-    return {name: (x.mean(0), x.var(0, correction=0)) for name, x in seen.items()}
-
-
-def test_anchored_layers_have_the_stored_moments():
+def test_fused_attention_is_back_afterwards():
     reference = transformer()
-    tokens = pairs()[(pairs()[:, 0] * pairs()[:, 2]) % 3 > 0]  # far from independent
-    statistics = LayerStatistics.of(reference, tokens)
-    law = TokenLaw.of(tokens, order="independent")
-    inputs = token_inputs(reference, [law], ONE, num=100, seed=0)
-    run = SyntheticRun.of(reference, inputs, statistics=statistics)
-    moments = gathered(run)
-    assert len(moments) == 10  # all but the head
-    for name, (mean, variance) in moments.items():
-        torch.testing.assert_close(mean, statistics.means[f"{name}#0"])
-        torch.testing.assert_close(variance, statistics.variances[f"{name}#0"])
-
-
-def test_units_that_are_constant_are_only_shifted():
-    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)).double()
-    with torch.no_grad():
-        net[0].weight[0] = 0  # the first unit is constant
-    reference = ReferenceNetwork.of(net, (2,))
-    x = normal(0, 30, 2)
-    statistics = LayerStatistics.of(reference, x)
-    inputs = SyntheticInputs(2 * x, torch.zeros(30, dtype=torch.int64), ONE)
-    run = SyntheticRun.of(reference, inputs, statistics=statistics)
-    scale, shift = run.anchors["0#0"]
-    assert scale[0] == 1
-    torch.testing.assert_close(scale[1], torch.tensor(0.5, dtype=F64))
-    torch.testing.assert_close(shift[0], torch.zeros((), dtype=F64), rtol=0, atol=1e-12)
-
-
-def test_anchoring_scales_differences_with_the_units():
-    # Linear layers and inputs twice as wide as the data: anchoring halves the difference.
-    net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)).double()
-    reference = ReferenceNetwork.of(net, (2,))
-    x = normal(0, 30, 2)
-    x = x - x.mean(0)
-    inputs = SyntheticInputs(2 * x, torch.zeros(30, dtype=torch.int64), ONE)
-    statistics = LayerStatistics.of(reference, x)
-    tensors = moved(net, 1)
-    plain = synthetic_distance(reference, tensors, inputs).value
-    run = SyntheticRun.of(reference, inputs, statistics=statistics)
-    assert set(run.anchors) == {"0#0"}  # the outputs are not anchored
-    torch.testing.assert_close(run.distance(tensors).value, plain / 4)
+    assert torch.backends.mha.get_fastpath_enabled()
+    SyntheticRun.of(reference, drawn_pairs(reference))
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 # Inputs
@@ -307,13 +241,11 @@ def test_a_mapping_with_a_mask():
     tokens = (1 + torch.randint(6, (40, 4), generator=noise)) * real
     data = {"input_ids": tokens, "attention_mask": real.long()}
     inputs = token_inputs(reference, [TokenLaw.of(data)], ONE, num=300, seed=0)
-    statistics = LayerStatistics.of(reference, data)
     tensors = moved(net, 2)
     truth = exact(reference, tensors, data)
-    for given in (None, statistics):
-        found = synthetic_distance(reference, tensors, inputs, statistics=given, chunk=64)
-        assert abs(found.value.item() / truth.item() - 1) < 0.2
-        assert all(bool(torch.isfinite(g).all()) for g in gradient(found.value, tensors))
+    found = synthetic_distance(reference, tensors, inputs, chunk=64)
+    assert abs(found.value.item() / truth.item() - 1) < 0.2
+    assert all(bool(torch.isfinite(g).all()) for g in gradient(found.value, tensors))
 
 
 def test_selected_outputs():
@@ -407,18 +339,5 @@ def test_what_does_not_fit_is_refused():
         token_inputs(reference, [law, law], ONE, num=8, seed=0)
     with pytest.raises(OptionError, match="counts"):
         SyntheticInputs(mean, torch.zeros(1, dtype=torch.int64), ONE)
-
-
-def test_statistics_of_another_network_are_refused():
-    reference, other = mlp(), transformer()
-    inputs = gaussian_inputs(
-        reference, torch.zeros(1, 4, dtype=F64), torch.ones(1, 4, dtype=F64), ONE, num=8, seed=0
-    )
-    with pytest.raises(ShapeError, match="no such modules"):
-        SyntheticRun.of(reference, inputs, statistics=LayerStatistics.of(other, pairs()))
-    wider = nn.Sequential(nn.Linear(4, 7), nn.GELU(), nn.Linear(7, 3)).double()
-    theirs = LayerStatistics.of(ReferenceNetwork.of(wider, (4,)), normal(0, 5, 4))
-    with pytest.raises(ShapeError, match="stored moments"):
-        SyntheticRun.of(reference, inputs, statistics=theirs)
     with pytest.raises(OptionError, match="chunk"):
-        SyntheticRun.of(reference, inputs, chunk=0)
+        SyntheticRun.of(reference, drawn_pairs(reference), chunk=0)

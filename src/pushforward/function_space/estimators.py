@@ -17,7 +17,6 @@ from pushforward.function_space.anchored import AnchoredStep, anchored_values, p
 from pushforward.function_space.chain import Change, Moments, affine_changes
 from pushforward.function_space.gated import GatedStep, Gates, gated_values, push_gated
 from pushforward.function_space.gaussian import GaussianStep, gaussian_values, push_gaussian
-from pushforward.function_space.layer_statistics import LayerStatistics
 from pushforward.function_space.metrics import Metric, check_metric, discrepancy
 from pushforward.function_space.network import Other, ReferenceNetwork, select_outputs
 from pushforward.function_space.output_change import OutputAnchor, mean_discrepancy
@@ -57,14 +56,13 @@ class Estimators:
         The network.
     kept
         Statistics of the data.
-    tokens, layers
+    tokens
         As in `pushforward.function_space.summary.FunctionSummary`.
     """
 
     reference: ReferenceNetwork
     kept: Statistics
     tokens: tuple[TokenLaw, ...]
-    layers: LayerStatistics | None
 
     @property
     def num_components(self) -> int:
@@ -202,7 +200,7 @@ class Estimators:
             shaped = rows.unflatten(1, self.reference.event_shape)
             inputs = shaped.to(self.reference.device, self.reference.dtype)
             sample = SyntheticInputs(inputs, component, self._weights, antithetic=True)
-        return SyntheticRun.of(self.reference, sample, statistics=self.layers)
+        return SyntheticRun.of(self.reference, sample)
 
     def _drawn_inputs(
         self, num_samples: int, seed: int
@@ -242,7 +240,10 @@ class Estimators:
     @cached_property
     def _input_factor(self) -> Float[Tensor, "c d d"]:
         """``L`` with ``L L^T`` the covariance, on the CPU, where inputs are drawn."""
-        values, vectors = torch.linalg.eigh(self._inputs.covariance.cpu())
+        covariance = self._inputs.covariance.cpu()
+        if self.kept.inputs is not None and self.kept.inputs.covariance.dim() == 2:
+            return covariance.clamp(min=0).sqrt()
+        values, vectors = torch.linalg.eigh(covariance)
         return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
 
     @cached_property

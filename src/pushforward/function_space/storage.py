@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from pushforward.errors import WeightsError
 from pushforward.function_space.chain import Moments
-from pushforward.function_space.layer_statistics import LayerStatistics
 from pushforward.function_space.network import ReferenceNetwork
 from pushforward.function_space.statistics import OutputStatistics, StageStatistics, Statistics
 from pushforward.function_space.summary import FunctionSummary
@@ -46,8 +45,6 @@ def save_summary(summary: FunctionSummary, path: str | os.PathLike[str]) -> None
         tensors |= _named("inputs", statistics.inputs)
     for number, law in enumerate(summary.tokens):
         tensors |= {f"tokens.{number}.{n}": t for n, t in law.to_tensors().items()}
-    if summary.layers is not None:
-        tensors |= {f"layers.{n}": t for n, t in summary.layers.to_tensors().items()}
     for number, stage in enumerate(statistics.stages):
         tensors[f"stages.{number}.gate_mean"] = stage.gate_mean
         if not torch.equal(stage.gate_mean, stage.gate_square):
@@ -101,8 +98,6 @@ def load_summary(path: str | os.PathLike[str], net: nn.Module) -> FunctionSummar
             TokenLaw.from_tensors(_under(f"tokens.{number}.", tensors))
             for number in range(int(metadata["num_token_laws"]))
         )
-        units = _under("layers.", tensors)
-        layers = LayerStatistics.from_tensors(units) if units else None
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(
             f"it is no whole summary ({error})", where=where, advice="Make the summary again."
@@ -124,7 +119,7 @@ def load_summary(path: str | os.PathLike[str], net: nn.Module) -> FunctionSummar
         {n: t for n, t in weights.items() if n in own.module.state_dict()}, strict=False
     )
     reference = ReferenceNetwork.of(own.module, event_shape)
-    return FunctionSummary(reference, statistics, kept, distances, laws, layers)
+    return FunctionSummary(reference, statistics, kept, distances, laws)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

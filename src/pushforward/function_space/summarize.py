@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from pushforward.errors import DataError, OptionError, ShapeError, UnsupportedLayerError
 from pushforward.function_space.components import cluster_inputs, label_components
-from pushforward.function_space.layer_statistics import LayerStatistics
 from pushforward.function_space.metrics import Metric, discrepancy
 from pushforward.function_space.network import ReferenceNetwork
 from pushforward.function_space.probes import NUM_PROBES, probe
@@ -64,8 +63,7 @@ def summarize(
         ``r`` (``d r + d``).
     layer_moments
         Whether to keep means, covariances and pairs of gates for every layer too, for the
-        estimator ``"anchored"``: ``2 n^2`` numbers for a layer of ``n`` units. Of a network that
-        is no chain of layers and activations: mean and variance of every unit.
+        estimator ``"anchored"``: ``2 n^2`` numbers for a layer of ``n`` units.
     batch_size
         Examples at a time.
     seed
@@ -88,6 +86,8 @@ def summarize(
         When the network does not take the inputs.
     NetworkError
         For weights that are not finite.
+    UnsupportedLayerError
+        When moments of the layers are asked of a network that is no chain of known ones.
     """
     _check_options(classes, clusters, input_moments, batch_size)
     examples = Examples.read(data, name="data", targets=False)
@@ -95,9 +95,9 @@ def summarize(
     numbers = isinstance(first, Tensor) and first.is_floating_point()
     shape = tuple(first.shape[1:]) if isinstance(first, Tensor) else ()
     reference = ReferenceNetwork.of(net, shape)
+    if layer_moments:
+        _check_widths(reference)  # refuses a network that cannot be read
     chain = numbers and _is_chain(reference)
-    if chain:
-        _check_widths(reference, layer_moments=layer_moments)
     components = _components(examples, classes, clusters, seed)
     count = int(components.max()) + 1
     probes = [probe(reference, number) for number in range(NUM_PROBES)]
@@ -123,7 +123,6 @@ def summarize(
                 "diagonal" if input_moments == "diagonal" else "full",
                 _probed(reference, probes, inputs, old) / len(batch),
                 () if numbers else _token_laws(batch.inputs, own, count),
-                LayerStatistics.of(reference, inputs) if layer_moments and not chain else None,
             )
             parts = [parts[0] + part] if parts else [part]
             advance(len(batch))
@@ -213,10 +212,9 @@ def _check_options(classes: Any, clusters: int | None, input_moments: Any, batch
         )
 
 
-def _check_widths(reference: ReferenceNetwork, *, layer_moments: bool) -> None:
-    """Read the graph, which refuses what it cannot read, before the data are."""
+def _check_widths(reference: ReferenceNetwork) -> None:
     widest = max((stage.affine.linear.out_features for stage in reference.graph.stages), default=0)
-    if layer_moments and widest > _PAIRED:
+    if widest > _PAIRED:
         raise ShapeError(
             f"a layer has {widest:,} units, and moments of all their pairs are too many",
             where="layer_moments",

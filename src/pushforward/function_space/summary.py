@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from pushforward.errors import OptionError, WeightsError
 from pushforward.function_space.chain import Moments
 from pushforward.function_space.estimators import DEFAULT, Estimator, Estimators
-from pushforward.function_space.layer_statistics import LayerStatistics
 from pushforward.function_space.metrics import Metric, check_metric
 from pushforward.function_space.network import Other, ReferenceNetwork
 from pushforward.function_space.probes import NUM_PROBES, probe
@@ -51,8 +50,6 @@ class FunctionSummary:
     tokens
         For inputs that are whole numbers their law in each component, which has the place of
         moments.
-    layers
-        Mean and variance of the units of a network that is no chain of stages, if kept.
 
     Examples
     --------
@@ -68,7 +65,6 @@ class FunctionSummary:
     input_moments: InputMoments
     probe_distances: Tensor
     tokens: tuple[TokenLaw, ...] = ()
-    layers: LayerStatistics | None = None
 
     # --- what it is ------------------------------------------------------------------------------
 
@@ -90,8 +86,7 @@ class FunctionSummary:
     @property
     def layer_moments(self) -> bool:
         """Whether moments of the activations were kept, which ``anchored`` needs."""
-        stages = self.statistics.stages
-        return self.layers is not None or any(stage.layer is not None for stage in stages)
+        return any(stage.layer is not None for stage in self.statistics.stages)
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -107,7 +102,6 @@ class FunctionSummary:
         layers = sum(
             s.layer.mean.numel() + s.layer.covariance.numel() for s in stages if s.layer is not None
         )
-        layers += 0 if self.layers is None else self.layers.num_bytes // 8
         outputs = self.statistics.outputs
         kept = (outputs.moments.mean, outputs.moments.covariance, outputs.fisher, outputs.softmax)
         sizes = {
@@ -183,15 +177,11 @@ class FunctionSummary:
         if isinstance(self.input_moments, int) and statistics.inputs is not None:
             low = of_low_rank(statistics.inputs, self.input_moments)
             statistics = replace(statistics, inputs=low)
-        layers = None
-        if self.layers is not None and other.layers is not None:
-            layers = self.layers + other.layers
         return replace(
             self,
             statistics=statistics,
             probe_distances=torch.lerp(self.probe_distances, other.probe_distances, share),
             tokens=tuple(a + b for a, b in zip(self.tokens, other.tokens, strict=True)),
-            layers=layers,
         )
 
     # --- files -----------------------------------------------------------------------------------
@@ -383,7 +373,7 @@ class FunctionSummary:
 
     @cached_property
     def _estimators(self) -> Estimators:
-        return Estimators(self.reference, self.statistics, self.tokens, self.layers)
+        return Estimators(self.reference, self.statistics, self.tokens)
 
     @cached_property
     def _calibrations(self) -> dict[tuple[str, str], Tensor]:

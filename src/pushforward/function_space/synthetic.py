@@ -3,30 +3,24 @@
 Inputs are drawn from a stored law: Gaussians for continuous inputs, a Markov chain for tokens. Both
 sets of weights see the same ones, through their true nonlinearities, so every covariance between
 the activations and their differences is there, including those that a propagation of moments
-through expected Jacobians leaves out. Where moments of layers were stored, activations can be
-re-anchored to them on the way.
+through expected Jacobians leaves out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from pushforward.errors import LawError, OptionError, ShapeError
-from pushforward.function_space.layer_statistics import (
-    LayerStatistics,
-    same_arithmetic,
-    weighted_leaves,
-    with_leaf_outputs,
-)
 from pushforward.function_space.metrics import Metric, discrepancy
 from pushforward.function_space.network import ReferenceNetwork, select_outputs
 from pushforward.function_space.token_law import TokenLaw
@@ -41,13 +35,12 @@ __all__ = [
     "allocate",
     "draw_gaussian",
     "gaussian_inputs",
+    "plain_attention",
     "synthetic_distance",
     "token_inputs",
 ]
 
 _CHUNK = 1024  # samples whose activations are held at once
-_LARGEST_SCALE = 10.0  # of a unit's spread by anchoring, and the inverse of the smallest
-_CONSTANT = 1e-12  # variance, relative to the second moment, below which a unit has none
 _INDEFINITE = 1e-6  # relative to the largest eigenvalue
 
 
@@ -179,8 +172,6 @@ class SyntheticRun:
         The network.
     sample
         What it ran on.
-    anchors
-        By ``path#call``: scale and shift of every unit, without gradient.
     outputs
         ``(n, K)``: what came out, without gradient.
     chunk
@@ -189,7 +180,6 @@ class SyntheticRun:
 
     reference: ReferenceNetwork
     sample: SyntheticInputs
-    anchors: Mapping[str, tuple[Tensor, Tensor]]
     outputs: Float[Tensor, "n K"]
     chunk: int
 
@@ -199,7 +189,6 @@ class SyntheticRun:
         reference: ReferenceNetwork,
         sample: SyntheticInputs,
         *,
-        statistics: LayerStatistics | None = None,
         chunk: int = _CHUNK,
     ) -> SyntheticRun:
         """Run the reference.
@@ -210,15 +199,8 @@ class SyntheticRun:
             The network.
         sample
             Synthetic inputs, on its device.
-        statistics
-            Of the layers over the data: shift and scale every unit so that its mean and variance
-            over the sample are the stored ones, at most tenfold either way, except in the layer
-            called last, whose outputs are what distances are made of. The other network gets
-            the *same* shift and scale, so that equal activations stay equal and differences grow or
-            shrink with the unit. To find them the whole sample is run at once. No gain can be
-            counted on: see the notes.
         chunk
-            Samples run at once, otherwise.
+            Samples run at once.
 
         Returns
         -------
@@ -229,25 +211,15 @@ class SyntheticRun:
         ------
         OptionError
             If `chunk` is no positive number.
-
-        Notes
-        -----
-        Means and variances of units say nothing of how the units vary together, which is what
-        differences depend on as much. Anchored estimates were nearer to the truth for some trained
-        convolutional networks and transformers, and further from it for networks of random weights
-        and for perceptrons; so anchoring is not the default anywhere.
         """
         if chunk < 1:
             raise OptionError(f"chunk={chunk}", where="chunk", advice="Give a positive number.")
-        anchors = {} if statistics is None else _anchors(reference, sample, statistics)
-        empty = torch.empty(0, 0)
-        bare = cls(reference, sample, anchors, empty, chunk)
+        bare = cls(reference, sample, torch.empty(0, 0), chunk)
         with torch.no_grad():
-            rows = bare.outputs_of(reference.tensors)
-        return cls(reference, sample, anchors, rows, chunk)
+            return replace(bare, outputs=bare.outputs_of(reference.tensors))
 
     def outputs_of(self, tensors: Params) -> Float[Tensor, "n K"]:
-        """Outputs with other weights, through the same anchors.
+        """Outputs with other weights.
 
         Parameters
         ----------
@@ -316,23 +288,8 @@ class SyntheticRun:
 
     def _part(self, tensors: Params, start: int) -> Tensor:
         inputs = self.sample.part(start, start + self.chunk)
-        with self._anchored():
+        with plain_attention():
             return self.reference.outputs(tensors, inputs)
-
-    @contextmanager
-    def _anchored(self) -> Iterator[None]:
-        def anchor(name: str, output: Tensor) -> Tensor:
-            if name not in self.anchors:
-                return output
-            scale, shift = self.anchors[name]
-            return output * scale.to(output.dtype) + shift.to(output.dtype)
-
-        if self.anchors:
-            with with_leaf_outputs(self.reference.module, _paths(self.anchors), anchor):
-                yield
-        else:
-            with same_arithmetic():
-                yield
 
 
 def synthetic_distance(
@@ -342,7 +299,6 @@ def synthetic_distance(
     metric: Metric = "euclidean",
     outputs: Any = None,
     *,
-    statistics: LayerStatistics | None = None,
     chunk: int = _CHUNK,
 ) -> SyntheticDistance:
     """Distance of other weights from a network, on synthetic inputs.
@@ -362,8 +318,6 @@ def synthetic_distance(
         Which discrepancy.
     outputs
         Numbers of the outputs that count; see `select_outputs`.
-    statistics
-        Of the layers over the data, to anchor activations to; see `SyntheticRun.of`.
     chunk
         Samples run at once.
 
@@ -372,7 +326,7 @@ def synthetic_distance(
     SyntheticDistance
         Value, standard error, and the discrepancy of each sample.
     """
-    run = SyntheticRun.of(reference, inputs, statistics=statistics, chunk=chunk)
+    run = SyntheticRun.of(reference, inputs, chunk=chunk)
     return run.distance(tensors, metric, outputs)
 
 
@@ -573,55 +527,26 @@ def _floating_dtype(tensors: Params, otherwise: torch.dtype) -> torch.dtype:
     return next(kinds, otherwise)
 
 
-def _paths(names: Mapping[str, Any]) -> list[str]:
-    return sorted({name.rpartition("#")[0] for name in names})
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Keep PyTorch from fused attention.
 
+    Fused transformer layers are taken in evaluation without gradient only: the same weights would
+    give different outputs with and without it. The fused product of queries, keys and values has no
+    second derivative.
 
-def _anchors(
-    reference: ReferenceNetwork, sample: SyntheticInputs, statistics: LayerStatistics
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Scale and shift of every unit, found layer by layer behind those of the layers before."""
-    anchors: dict[str, tuple[Tensor, Tensor]] = {}
-    weights = sample.row_weights.to(reference.device)
-    paths = _paths(statistics.means)
-    layers = {*paths, *weighted_leaves(reference.module)}
-    called: list[str] = []
-
-    def fit(name: str, output: Tensor) -> Tensor:
-        called.append(name)
-        if name.rpartition("#")[0] not in paths:
-            return output
-        mean = statistics.means[name].to(output.device) if name in statistics.means else None
-        if mean is None or mean.shape != output.shape[1:]:
-            raise ShapeError(
-                f"its outputs have shape {tuple(output.shape[1:])}, with stored moments of "
-                f"{None if mean is None else tuple(mean.shape)}",
-                where=name,
-                advice="Anchor a network to statistics of its own.",
-            )
-        variance = statistics.variances[name].to(output.device)
-        wide = output.to(torch.float64)
-        own_mean = torch.tensordot(weights, wide, 1)
-        own_variance = torch.tensordot(weights, (wide - own_mean).square(), 1)
-        varies = own_variance > _CONSTANT * own_mean.square()
-        ratio = variance / torch.where(varies, own_variance, torch.ones_like(own_variance))
-        scale = torch.where(varies, ratio.sqrt(), torch.ones_like(ratio))
-        scale = scale.clamp(1 / _LARGEST_SCALE, _LARGEST_SCALE)
-        anchors[name] = scale, mean - scale * own_mean
-        return output * scale.to(output.dtype) + anchors[name][1].to(output.dtype)
-
-    known = dict(reference.module.named_modules())
-    if any(path not in known for path in paths):
-        raise ShapeError(
-            "it has no such modules as the statistics",
-            where=next(path for path in paths if path not in known),
-            advice="Anchor a network to statistics of its own.",
-        )
-    with torch.no_grad(), with_leaf_outputs(reference.module, layers, fit):
-        reference.outputs(reference.tensors, sample.inputs)
-    # What comes out of the layer called last is compared: scaled, it would be another distance.
-    anchors.pop(called[-1], None)
-    return anchors
+    Yields
+    ------
+    None
+        Nothing.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _check_weights(weights: Tensor) -> None:
