@@ -67,6 +67,11 @@ def test_demo_writes_the_report_of_its_own_command(
     degeneracy = result["sections"]["degeneracy"]["results"]
     assert (degeneracy["num_draws"], degeneracy["num_examples"]) == (16, 1348)
     assert degeneracy["verdict"] in printed
+    versions = result["sections"]["function-space"]["results"]["versions"]
+    assert [row["name"] for row in versions] == [
+        *("30 % pruned", "50 % pruned", "70 % pruned", "8 bits", "4 bits"),
+    ]
+    assert all(row["distance"] > 0 for row in versions)
     assert (folder / "posterior.safetensors").exists()
 
     found = json.loads((folder / "thermalization" / "result.json").read_text(encoding="utf-8"))

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from pushforward.function_space.chain import Moments
 from pushforward.function_space.network import ReferenceNetwork
-from pushforward.function_space.statistics import batch_statistics, slope, walk
+from pushforward.function_space.statistics import LowRankMoments, batch_statistics, slope, walk
 from pushforward.gaussians.activations import PiecewisePolynomial, SmoothActivation
 from scenarios import small_mlp
 
@@ -98,3 +99,14 @@ def test_slopes_are_derivatives(activation, function):
 
 def test_at_a_kink_the_right_side_holds():
     assert slope(RELU, torch.zeros(1, dtype=torch.float64)).item() == 1.0
+
+
+def test_low_rank_keeps_the_largest_directions_and_the_diagonal():
+    torch.manual_seed(0)
+    factor = torch.randn(2, 6, 2, dtype=torch.float64)
+    noise = torch.rand(2, 6, dtype=torch.float64)
+    covariance = 100 * factor @ factor.mT + torch.diag_embed(noise)
+    low = LowRankMoments.of(Moments(torch.zeros(2, 6).double(), covariance), 2)
+    whole = low.whole.covariance
+    assert torch.allclose(whole.diagonal(dim1=-2, dim2=-1), covariance.diagonal(dim1=-2, dim2=-1))
+    assert (whole - covariance).abs().max() < 1.0  # of entries up to several hundred

@@ -70,6 +70,24 @@ def test_laws_of_tokens_come_back(tmp_path):
         assert torch.equal(loaded.distance(other), summary.distance(other))
 
 
+@pytest.mark.parametrize("kept", ["diagonal", 2])
+def test_less_is_kept_on_disk_too(tmp_path, kept):
+    torch.manual_seed(0)
+    net, x = small_mlp((40, 3)), torch.randn(90, 40, dtype=torch.float64)
+    summary, full = summarize(net, x, input_moments=kept), summarize(net, x)
+    for name, kind in (("kept", summary), ("full", full)):
+        kind.save(tmp_path / name)
+    sizes = [(tmp_path / name).stat().st_size for name in ("kept", "full")]
+    saved = full.num_bytes - summary.num_bytes
+    assert sizes[1] - sizes[0] == pytest.approx(saved, abs=500)  # of names
+    loaded = FunctionSummary.load(tmp_path / "kept", net)
+    other = moved(net, 0.1)
+    for estimator in ("gaussian", "synthetic"):
+        with torch.no_grad():
+            expected = summary.distance(other, estimator=estimator)
+            assert torch.equal(loaded.distance(other, estimator=estimator), expected)
+
+
 @pytest.mark.parametrize(
     "other",
     [small_mlp(), small_mlp((4, 6, 6, 3), nn.GELU), nn.Linear(4, 3)],

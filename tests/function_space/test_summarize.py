@@ -66,7 +66,7 @@ def test_diagonals_and_low_ranks_keep_less():
     diagonal, low = summarize(net, x, input_moments="diagonal"), summarize(net, x, input_moments=2)
     variances = full.statistics.inputs.covariance.diagonal(dim1=-2, dim2=-1)
     assert torch.allclose(diagonal.statistics.inputs.covariance, variances)
-    kept = low.statistics.inputs.covariance
+    kept = low.statistics.inputs.whole.covariance
     assert torch.allclose(kept.diagonal(dim1=-2, dim2=-1), variances)
     off = full.statistics.inputs.covariance - kept
     assert (

@@ -105,7 +105,9 @@ def test_a_distance_has_the_type_of_the_other_weights_and_takes_mappings(trained
     assert torch.equal(from_module, summary.distance(dict(other.named_parameters())))
     single = {name: p.float() for name, p in other.named_parameters()}
     assert summary.distance(single).dtype == torch.float32
-    assert float(summary.distance(single).detach()) == pytest.approx(float(from_module.detach()), rel=1e-5)
+    assert float(summary.distance(single).detach()) == pytest.approx(
+        float(from_module.detach()), rel=1e-5
+    )
 
 
 def test_seeds_decide_the_draws(trained):

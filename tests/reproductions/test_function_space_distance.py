@@ -42,13 +42,14 @@ def images(tmp_path):
 @pytest.mark.usefixtures("few_digits")
 def test_methods_are_compared_with_the_truth(script, tmp_path, capsys, monkeypatch):
     pytest.importorskip("tyro")
-    arguments = ["nets", "--output", str(tmp_path), "--steps", "2", *FEW]
+    arguments = ["nets", "--output", str(tmp_path), "--steps", "2", *FEW, "--without", "gated"]
     assert script.main(arguments) == 0
     found = json.loads((tmp_path / "digits-0.json").read_text())
     changes = list(found["truth"]["euclidean"])
     assert changes[:3] == ["noise 0.01", "noise 0.1", "pixels 0, 2 steps"]
     assert len(changes) == 2 + 2 * 3
-    assert "gaussian" not in found["methods"]
+    assert not {"gaussian", "gated"} & set(found["methods"])
+    assert "gated, 10 classes" in found["methods"]
     for name, row in found["methods"].items():
         assert row["bytes"] > 0
         for metric in ("euclidean", "kl"):
@@ -91,13 +92,14 @@ def test_a_method_that_refuses_says_why(script, tmp_path, images):
         tmp_path / "file.json",
         {"pooling": "max", "metrics": ["kl"]},
         lambda: {"accuracy": 0.5, "accuracy lost": {"noise": 0.1}},
-        lambda: {"other": refuse},
+        lambda: {"other": refuse, "unwanted": refuse},
         lambda: {"noise": {n: 1.1 * p.detach() for n, p in net.named_parameters()}},
-        (),
+        lambda name: name != "unwanted",
         exact=lambda: script._exact(net, torch.ones(3, 1, 28, 28)),
         metrics=["kl"],
         slope=False,
     )
+    assert list(found["methods"]) == ["other"]
     assert "too wide" in found["methods"]["other"]["failure"]
     assert "too wide" in script._compression_table([found])
 

@@ -22,7 +22,7 @@ from pushforward.function_space.network import Other, ReferenceNetwork, select_o
 from pushforward.function_space.output_change import OutputAnchor, mean_discrepancy
 from pushforward.function_space.published import published_values, push_published, with_jitter
 from pushforward.function_space.sampled import sampled_outputs
-from pushforward.function_space.statistics import Statistics
+from pushforward.function_space.statistics import LowRankMoments, Statistics
 from pushforward.function_space.synthetic import (
     SyntheticInputs,
     SyntheticRun,
@@ -207,12 +207,13 @@ class Estimators:
     ) -> tuple[Float[Tensor, "n d"], Int64[Tensor, " n"]]:
         """Gaussian inputs in antithetic pairs, as many of each component."""
         each = max(2, num_samples // (2 * self.num_components)) * 2
-        return draw_gaussian(
-            self._inputs.mean.cpu(),
-            self._input_factor,
-            torch.full((self.num_components,), each),
-            stream(seed, "function-space inputs"),
-        )
+        counts = torch.full((self.num_components,), each)
+        generator = stream(seed, "function-space inputs")
+        rows, component = draw_gaussian(self._mean, self._factor, counts, generator)
+        if self._own_spread is not None:
+            nowhere = torch.zeros_like(self._own_spread)
+            rows = rows + draw_gaussian(nowhere, self._own_spread, counts, generator)[0]
+        return rows, component
 
     # --- what depends on the reference alone, made once ------------------------------------------
 
@@ -223,28 +224,47 @@ class Estimators:
         states = [stage.affine.linear.out_features for stage in graph.stages]
         return max([graph.input_features, *states])
 
-    @cached_property
-    def _inputs(self) -> Moments:
-        """With a whole covariance."""
-        inputs = self.kept.inputs
-        if inputs is None:
+    @property
+    def _kept_inputs(self) -> Moments | LowRankMoments:
+        if self.kept.inputs is None:
             raise OptionError(
                 "the inputs are no numbers and have no moments",
                 where="estimator",
                 advice='Use estimator="synthetic".',
             )
+        return self.kept.inputs
+
+    @cached_property
+    def _inputs(self) -> Moments:
+        """With a whole covariance."""
+        inputs = self._kept_inputs
+        if isinstance(inputs, LowRankMoments):
+            return inputs.whole
         if inputs.covariance.dim() == 3:
             return inputs
         return Moments(inputs.mean, torch.diag_embed(inputs.covariance))
 
     @cached_property
-    def _input_factor(self) -> Float[Tensor, "c d d"]:
-        """``L`` with ``L L^T`` the covariance, on the CPU, where inputs are drawn."""
-        covariance = self._inputs.covariance.cpu()
-        if self.kept.inputs is not None and self.kept.inputs.covariance.dim() == 2:
-            return covariance.clamp(min=0).sqrt()
-        values, vectors = torch.linalg.eigh(covariance)
+    def _mean(self) -> Float[Tensor, "c d"]:
+        """On the CPU, where inputs are drawn."""
+        return self._kept_inputs.mean.cpu()
+
+    @cached_property
+    def _factor(self) -> Float[Tensor, "c d r"] | Float[Tensor, "c d"]:
+        """``L`` with ``L L^T`` the covariance, or part of it; on the CPU."""
+        inputs = self._kept_inputs
+        if isinstance(inputs, LowRankMoments):
+            return inputs.factor.cpu()
+        if inputs.covariance.dim() == 2:
+            return inputs.covariance.cpu().clamp(min=0).sqrt()
+        values, vectors = torch.linalg.eigh(self._inputs.covariance.cpu())
         return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+
+    @cached_property
+    def _own_spread(self) -> Float[Tensor, "c d"] | None:
+        """Standard deviations that a factor of low rank leaves to every entry of the input."""
+        inputs = self.kept.inputs
+        return inputs.rest.cpu().sqrt() if isinstance(inputs, LowRankMoments) else None
 
     @cached_property
     def _output_anchor(self) -> OutputAnchor:

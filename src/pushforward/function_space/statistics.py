@@ -20,6 +20,7 @@ from pushforward.gaussians.activations import Activation
 from pushforward.networks.graph import NetworkGraph
 
 __all__ = [
+    "LowRankMoments",
     "OutputStatistics",
     "StageStatistics",
     "Statistics",
@@ -65,6 +66,51 @@ class OutputStatistics:
 
 
 @dataclass(frozen=True, eq=False)
+class LowRankMoments:
+    """Means, and covariances ``F F^T + diag(rest)``.
+
+    Parameters
+    ----------
+    mean
+        ``(c, n)``.
+    factor
+        ``F``, ``(c, n, r)``.
+    rest
+        Variance that the factor leaves, ``(c, n)``.
+    """
+
+    mean: Tensor
+    factor: Tensor
+    rest: Tensor
+
+    @classmethod
+    def of(cls, moments: Moments, rank: int) -> LowRankMoments:
+        """The largest directions of each covariance, and the variance that they leave.
+
+        Parameters
+        ----------
+        moments
+            With whole covariances.
+        rank
+            Directions that are kept, at most.
+
+        Returns
+        -------
+        LowRankMoments
+            Its diagonal is exact.
+        """
+        values, vectors = torch.linalg.eigh(moments.covariance)
+        factor = vectors[..., -rank:] * values[..., -rank:].clamp(min=0).sqrt().unsqueeze(-2)
+        variance = moments.covariance.diagonal(dim1=-2, dim2=-1)
+        return cls(moments.mean, factor, (variance - factor.square().sum(-1)).clamp(min=0))
+
+    @property
+    def whole(self) -> Moments:
+        """With covariances written out, ``(c, n, n)``."""
+        return Moments(self.mean, self.factor @ self.factor.mT + torch.diag_embed(self.rest))
+
+
+@dataclass(frozen=True, eq=False)
 class Statistics:
     """All that is kept of some examples.
 
@@ -74,7 +120,7 @@ class Statistics:
         Examples in each component, ``(c,)``, float64.
     inputs
         Of the flattened inputs; the covariance is ``(c, d, d)``, or ``(c, d)`` where only its
-        diagonal is kept. None for inputs that are no numbers.
+        diagonal is kept, or of low rank. None for inputs that are no numbers.
     stages
         One for each stage of the network; none for a network that is no chain of stages.
     outputs
@@ -82,7 +128,7 @@ class Statistics:
     """
 
     counts: Tensor
-    inputs: Moments | None
+    inputs: Moments | LowRankMoments | None
     stages: tuple[StageStatistics, ...]
     outputs: OutputStatistics
 
@@ -113,7 +159,11 @@ class Statistics:
             mean(self.outputs.softmax, other.outputs.softmax),
         )
         a, b = self.inputs, other.inputs
-        inputs = None if a is None or b is None else moments(a, b)
+        inputs: Moments | LowRankMoments | None = None
+        if isinstance(a, LowRankMoments) and isinstance(b, LowRankMoments):
+            inputs = LowRankMoments.of(moments(a.whole, b.whole), a.factor.shape[-1])
+        elif isinstance(a, Moments) and isinstance(b, Moments):
+            inputs = moments(a, b)
         return Statistics(mine + theirs, inputs, tuple(stages), outputs)
 
 

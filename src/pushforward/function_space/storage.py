@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from pushforward.errors import WeightsError
 from pushforward.function_space.chain import Moments
 from pushforward.function_space.network import ReferenceNetwork
-from pushforward.function_space.statistics import OutputStatistics, StageStatistics, Statistics
+from pushforward.function_space.statistics import (
+    LowRankMoments,
+    OutputStatistics,
+    StageStatistics,
+    Statistics,
+)
 from pushforward.function_space.summary import FunctionSummary
 from pushforward.function_space.token_law import TokenLaw
 from pushforward.runs.store import fingerprint, load_tensors, save_tensors
@@ -41,8 +46,12 @@ def save_summary(summary: FunctionSummary, path: str | os.PathLike[str]) -> None
         "outputs.softmax": outputs.softmax,
         **_named("outputs", outputs.moments),
     }
-    if statistics.inputs is not None:
-        tensors |= _named("inputs", statistics.inputs)
+    inputs = statistics.inputs
+    if isinstance(inputs, LowRankMoments):
+        tensors |= {"inputs.mean": inputs.mean, "inputs.factor": inputs.factor}
+        tensors |= {"inputs.rest": inputs.rest}
+    elif inputs is not None:
+        tensors |= _named("inputs", inputs)
     for number, law in enumerate(summary.tokens):
         tensors |= {f"tokens.{number}.{n}": t for n, t in law.to_tensors().items()}
     for number, stage in enumerate(statistics.stages):
@@ -147,7 +156,13 @@ class _Reader:
             self.moments("outputs"), self.tensors["outputs.fisher"], self.tensors["outputs.softmax"]
         )
         stages = tuple(self.stage(number) for number in range(num_stages))
-        inputs = self.moments("inputs") if "inputs.mean" in self.tensors else None
+        inputs: Moments | LowRankMoments | None = None
+        if "inputs.factor" in self.tensors:
+            inputs = LowRankMoments(
+                *[self.tensors[f"inputs.{n}"] for n in ("mean", "factor", "rest")]
+            )
+        elif "inputs.mean" in self.tensors:
+            inputs = self.moments("inputs")
         return Statistics(self.tensors["counts"], inputs, stages, outputs)
 
 

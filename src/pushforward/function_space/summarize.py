@@ -10,12 +10,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from pushforward.errors import DataError, OptionError, ShapeError, UnsupportedLayerError
+from pushforward.function_space.chain import Moments
 from pushforward.function_space.components import cluster_inputs, label_components
 from pushforward.function_space.metrics import Metric, discrepancy
 from pushforward.function_space.network import ReferenceNetwork
 from pushforward.function_space.probes import NUM_PROBES, probe
-from pushforward.function_space.statistics import batch_statistics, walk
-from pushforward.function_space.summary import FunctionSummary, InputMoments, of_low_rank
+from pushforward.function_space.statistics import LowRankMoments, batch_statistics, walk
+from pushforward.function_space.summary import FunctionSummary, InputMoments
 from pushforward.function_space.token_law import TokenLaw
 from pushforward.networks.batches import Inputs, Table
 from pushforward.networks.data import Examples
@@ -128,8 +129,8 @@ def summarize(
             advance(len(batch))
     total = parts[0]
     moments = total.statistics.inputs
-    if isinstance(input_moments, int) and moments is not None:
-        low = replace(total.statistics, inputs=of_low_rank(moments, input_moments))
+    if isinstance(input_moments, int) and isinstance(moments, Moments):
+        low = replace(total.statistics, inputs=LowRankMoments.of(moments, input_moments))
         total = replace(total, statistics=low, input_moments=input_moments)
     return total
 

@@ -14,17 +14,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pushforward.errors import OptionError, WeightsError
-from pushforward.function_space.chain import Moments
 from pushforward.function_space.estimators import DEFAULT, Estimator, Estimators
 from pushforward.function_space.metrics import Metric, check_metric
 from pushforward.function_space.network import Other, ReferenceNetwork
 from pushforward.function_space.probes import NUM_PROBES, probe
-from pushforward.function_space.statistics import Statistics
+from pushforward.function_space.statistics import LowRankMoments, Statistics
 from pushforward.function_space.token_law import TokenLaw
 from pushforward.runs.estimate import Check, Cost, Estimate
 from pushforward.runs.plan import format_bytes
 
-__all__ = ["FunctionSummary", "InputMoments", "of_low_rank"]
+__all__ = ["FunctionSummary", "InputMoments"]
 
 InputMoments: TypeAlias = Literal["full", "diagonal"] | int
 _NUM_SAMPLES = 2048
@@ -93,9 +92,11 @@ class FunctionSummary:
         """Numbers that are kept, by what they are; the weights are those of the network."""
         inputs, stages = self.statistics.inputs, self.statistics.stages
         mean = 0 if inputs is None else inputs.mean.numel()
-        covariance = 0 if inputs is None else inputs.covariance.numel()
-        if isinstance(self.input_moments, int):
-            covariance = mean * (self.input_moments + 1)
+        covariance = 0
+        if isinstance(inputs, LowRankMoments):
+            covariance = inputs.factor.numel() + inputs.rest.numel()
+        elif inputs is not None:
+            covariance = inputs.covariance.numel()
         chain = self.reference.graph.stages if stages else ()
         count = self.num_components * sum(stage.width for stage in chain)
         same = all(torch.equal(s.gate_mean, s.gate_square) for s in stages)
@@ -173,13 +174,9 @@ class FunctionSummary:
                     advice="Summarise every part in the same way, with the same classes.",
                 )
         share = other.num_examples / (self.num_examples + other.num_examples)
-        statistics = self.statistics + other.statistics
-        if isinstance(self.input_moments, int) and statistics.inputs is not None:
-            low = of_low_rank(statistics.inputs, self.input_moments)
-            statistics = replace(statistics, inputs=low)
         return replace(
             self,
-            statistics=statistics,
+            statistics=self.statistics + other.statistics,
             probe_distances=torch.lerp(self.probe_distances, other.probe_distances, share),
             tokens=tuple(a + b for a, b in zip(self.tokens, other.tokens, strict=True)),
         )
@@ -383,28 +380,6 @@ class FunctionSummary:
         tensors = other.parameters() if isinstance(other, nn.Module) else other.values()
         kinds = [t.dtype for t in tensors if t.is_floating_point()]
         return kinds[0] if kinds else self.reference.dtype
-
-
-def of_low_rank(inputs: Moments, rank: int) -> Moments:
-    """The covariance of each component by its largest directions and the variance they leave.
-
-    Parameters
-    ----------
-    inputs
-        With whole covariances ``(c, d, d)``.
-    rank
-        Directions that are kept.
-
-    Returns
-    -------
-    Moments
-        Covariances ``U U^T + diag(rest)``, whole again: the diagonal is exact.
-    """
-    values, vectors = torch.linalg.eigh(inputs.covariance)
-    factor = vectors[..., -rank:] * values[..., -rank:].clamp(min=0).sqrt().unsqueeze(-2)
-    low = factor @ factor.mT
-    rest = (inputs.covariance - low).diagonal(dim1=-2, dim2=-1).clamp(min=0)
-    return Moments(inputs.mean, low + torch.diag_embed(rest))
 
 
 def _calibration_check(relative: float, ratios: Tensor) -> Check:

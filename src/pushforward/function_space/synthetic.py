@@ -364,7 +364,7 @@ def allocate(
 
 def draw_gaussian(
     mean: Float64[Tensor, "c D"],
-    factor: Float64[Tensor, "c D r"],
+    factor: Float64[Tensor, "c D r"] | Float64[Tensor, "c D"],
     counts: Int64[Tensor, " c"],
     generator: torch.Generator,
     *,
@@ -377,7 +377,8 @@ def draw_gaussian(
     mean
         ``(c, D)``: of each component.
     factor
-        ``(c, D, r)``: factors ``F`` of the covariances ``F F^T``, of any rank.
+        ``(c, D, r)``: factors ``F`` of the covariances ``F F^T``, of any rank; ``(c, D)``: standard
+        deviations of independent entries.
     counts
         ``(c,)``: samples of each.
     generator
@@ -411,7 +412,8 @@ def draw_gaussian(
         noise = torch.randn(half, factor.shape[-1], generator=generator, dtype=torch.float64)
         if antithetic:
             noise = torch.stack([noise, -noise], 1).flatten(0, 1)
-        samples.append(mean[c].cpu() + noise @ factor[c].cpu().T)
+        own = factor[c].cpu()
+        samples.append(mean[c].cpu() + (noise @ own.T if factor.dim() == 3 else noise * own))
     return torch.cat(samples), torch.arange(len(counts)).repeat_interleave(counts.cpu())
 
 
