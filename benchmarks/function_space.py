@@ -116,8 +116,7 @@ class _Summary:
         layers = estimator == "anchored"
         made = pf.summarize(net, x, classes=classes, layer_moments=layers, progress=False)
         self.num_bytes = made.num_bytes
-        each = draws // made.num_components
-        self.distance = partial(made.distance, estimator=estimator, num_samples=each)
+        self.distance = partial(made.distance, estimator=estimator, num_samples=draws)
 
 
 def measure(

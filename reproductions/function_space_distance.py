@@ -73,6 +73,8 @@ class Nets:
         Of the estimators that draw, over all components.
     methods
         Whose names begin like one of these; default all.
+    without
+        Names of methods that are left out.
     data_dir
         Folder of the data; default what the environment variable PUSHFORWARD_DATA names.
     """
@@ -86,6 +88,7 @@ class Nets:
     num_train: int = 8000
     draws: int = 1000
     methods: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     data_dir: Path | None = None
 
 
@@ -113,6 +116,8 @@ class Compression:
         Of the estimators that draw, over all components.
     methods
         Whose names begin like one of these; default all.
+    without
+        Names of methods that are left out.
     data_dir
         Folder of the data; default what the environment variable PUSHFORWARD_DATA names.
     """
@@ -126,6 +131,7 @@ class Compression:
     num_train: int = 8000
     draws: int = 1000
     methods: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     data_dir: Path | None = None
 
 
@@ -211,8 +217,7 @@ def methods(
 
     def of_summary(estimator: Any, number: int, **options: Any) -> Method:
         made = summary(**options)
-        each = max(2, number // made.num_components)
-        settings = {"estimator": estimator, "num_samples": each}
+        settings = {"estimator": estimator, "num_samples": number}
 
         def error(weights: Params, metric: Metric, value: float) -> float:
             if estimator in DRAWN:
@@ -262,8 +267,9 @@ def methods(
     return found
 
 
-def _chosen(name: str, prefixes: Sequence[str]) -> bool:
-    return not prefixes or any(name.startswith(prefix) for prefix in prefixes)
+def _wanted(name: str, options: Nets | Compression) -> bool:
+    begins = not options.methods or any(name.startswith(start) for start in options.methods)
+    return begins and name not in options.without
 
 
 def _measured(
@@ -315,7 +321,7 @@ def _fill(
     known: Callable[[], dict[str, Any]],
     builders: Callable[[], dict[str, Callable[[], Method]]],
     changes: Callable[[], dict[str, Params]],
-    prefixes: Sequence[str],
+    wants: Callable[[str], bool],
     *,
     exact: Callable[[], Method],
     metrics: Sequence[Metric],
@@ -329,7 +335,7 @@ def _fill(
     if found.get("settings") != settings:
         found = {"settings": settings, **known(), "methods": {}}
     wanted = builders()
-    missing = [n for n in wanted if _chosen(n, prefixes) and n not in found["methods"]]
+    missing = [n for n in wanted if wants(n) and n not in found["methods"]]
     if not missing:
         return found
     moved, truth, slopes = changes(), exact(), {}
@@ -373,7 +379,7 @@ def nets(options: Nets) -> Iterator[dict[str, Any]]:
         net = _perceptron(widths, seed)
         _adam(net, x, y, epochs * (len(y) // 64), seed, "train")
         settings = asdict(options) | {"seed": seed}
-        for name in ("output", "seeds", "methods", "data_dir"):
+        for name in ("output", "seeds", "methods", "without", "data_dir"):
             del settings[name]
         yield _fill(
             options.output / f"{options.network}-{seed}.json",
@@ -381,7 +387,7 @@ def nets(options: Nets) -> Iterator[dict[str, Any]]:
             partial(_accuracy, net, test_x, test_y),
             partial(methods, net, x, y, metrics=options.metrics, draws=options.draws, rank=rank),
             partial(_moved, net, x, y, options.steps, seed),
-            options.methods,
+            partial(_wanted, options=options),
             exact=partial(_exact, net, x),
             metrics=options.metrics,
             slope=True,
@@ -401,7 +407,7 @@ def compression(options: Compression) -> Iterator[dict[str, Any]]:
         net = _convolutional(options, seed)
         _adam(net, x, y, options.epochs * (len(y) // 64), seed, "train")
         settings = asdict(options) | {"seed": seed}
-        for name in ("output", "seeds", "methods", "data_dir"):
+        for name in ("output", "seeds", "methods", "without", "data_dir"):
             del settings[name]
         changes = _compressed(net)
 
@@ -417,7 +423,7 @@ def compression(options: Compression) -> Iterator[dict[str, Any]]:
             scores,
             partial(methods, net, x, y, metrics=options.metrics, draws=options.draws, rank=50),
             lambda changes=changes: changes,
-            options.methods,
+            partial(_wanted, options=options),
             exact=partial(_exact, net, x),
             metrics=options.metrics,
             slope=False,
@@ -568,6 +574,8 @@ def _log_ratios(values: Sequence[float], truth: Sequence[float]) -> list[float]:
 def _spearman(first: Sequence[float], second: Sequence[float]) -> float:
     from scipy.stats import spearmanr
 
+    if len(set(first)) == 1 or len(set(second)) == 1:
+        return float("nan")
     return float(spearmanr(first, second).statistic)
 
 

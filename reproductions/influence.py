@@ -251,11 +251,18 @@ def _retrained(
 
 
 def _agreement(found: _Changes, truth: _Changes) -> dict[str, float]:
+    """Correlations over the removals whose retrained response was found.
+
+    The objective of a classifier need not have a minimum: for an example that the network gets
+    wrong the removed term can outgrow KL and weak damping.
+    """
+    kept = truth.arrived > 0
+    own, own_truth = found.own[kept], truth.own[kept]
     return {
-        "self_pearson": _pearson(found.own, truth.own),
-        "self_spearman": _pearson(_ranks(found.own), _ranks(truth.own)),
-        "per_removed": mean(map(_pearson, found.losses, truth.losses)),
-        "outputs": mean(map(_pearson, found.outputs, truth.outputs)),
+        "self_pearson": _pearson(own, own_truth),
+        "self_spearman": _pearson(_ranks(own), _ranks(own_truth)),
+        "per_removed": mean(map(_pearson, found.losses[kept], truth.losses[kept])),
+        "outputs": mean(map(_pearson, found.outputs[kept], truth.outputs[kept])),
     }
 
 

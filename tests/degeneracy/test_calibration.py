@@ -256,3 +256,26 @@ def test_noisy_gradients_are_corrected(noise, corrected):
     walk = walk_of(net, (x, y), "langevin", batch_size=256, localization=1.0)
     found = calibrate(walk, num_chains=4, num_draws=1000, step_size=None, localize=False)
     assert found.walk.around.potential.control_variate == corrected
+
+
+@pytest.mark.statistical
+def test_what_correction_leaves_is_made_up_for_by_smaller_steps(monkeypatch):
+    """In proportion to how much too loud it is, at most 64-fold, and never a step that is given."""
+    x = draws(500, 3).pow(3)  # examples differ in their curvature
+    net = network(linear(3, 1, bias=False))
+    with torch.no_grad():
+        y = net(x) + draws(500, 1, seed=5)
+    walk = walk_of(net, (x, y), "langevin", batch_size=2, localization=1.0)
+
+    def found(loud, **options):
+        monkeypatch.setattr(module, "_TOO_LOUD", loud)
+        return calibrated(walk, **options)
+
+    longest = found(inf).step_size
+    loud = found(1e-2).step_size
+    assert longest / 64 < loud < 0.9 * longest
+    assert found(2e-2).step_size == pytest.approx(2 * loud)
+    assert found(0.0).step_size == pytest.approx(longest / 64)
+    assert found(0.0, step_size=longest).step_size == longest
+    local = found(0.0, localize=True)
+    assert local.walk.around.localization == pytest.approx(2 * 10 / (local.step_size * 200))

@@ -514,3 +514,13 @@ def test_what_is_no_network():
     _, data, _ = regression()
     with pytest.raises(NetworkError, match="got str"):
         neighbourhood("net", data)
+
+
+def test_the_virial_is_distance_times_gradient():
+    """Of each chain, not in the mean alone: where the centre is counts for nothing."""
+    net, (x, y), _ = regression()
+    around = neighbourhood(net, (x, y), localization=3.0)
+    precision = around.nbeta * x.mT @ x / len(x) + 3.0 * torch.eye(x.shape[1], dtype=F64)
+    away = draws(5, around.num_parameters, seed=4)
+    found = around.virials(around.potential.space.unravel(around.centre + away))
+    torch.testing.assert_close(found, ((away @ precision) * away).sum(1))

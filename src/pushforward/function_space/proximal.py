@@ -6,7 +6,9 @@
 
 with the loss of the removed example replaced by its tangent in the *outputs*. The loss itself is
 unbounded above; subtracted, it is held only by an exact distance: with any estimated one the
-minimisation runs away.
+minimisation runs away. Even the tangent is not always held: KL grows linearly only, so that for an
+example that a classifier gets wrong, weak damping may not do; ``metric="fisher"``, quadratic in the
+outputs, always holds it. The check ``bounded`` tells.
 """
 
 from __future__ import annotations
