@@ -242,6 +242,12 @@ def methods(
     found[f"synthetic, {count} classes, ten times the draws"] = partial(
         of_summary, "synthetic", 10 * draws, by_class=True, layer_moments=False
     )
+    found[f"synthetic, {count} clusters"] = partial(
+        of_summary, "synthetic", draws, clusters=min(count, len(x)), layer_moments=False
+    )
+    found[f"synthetic, {count} classes, inputs of rank {rank}"] = partial(
+        of_summary, "synthetic", draws, by_class=True, input_moments=rank
+    )
     for name in ("gated", "gaussian", "synthetic"):
         for kind, moments in (("diagonal inputs", "diagonal"), (f"inputs of rank {rank}", rank)):
             found[f"{name}, {kind}"] = partial(of_summary, name, draws, input_moments=moments)

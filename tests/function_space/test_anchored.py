@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from pushforward.function_space.anchored import anchored_values, push_anchored
+from pushforward.function_space.chain import Change, affine_changes
 from pushforward.function_space.network import ReferenceNetwork
 from pushforward.function_space.statistics import batch_statistics, walk
 from scenarios import moved, small_mlp
@@ -68,3 +69,32 @@ def test_dead_and_equal_units_do_no_harm():
 def test_no_change_is_exactly_zero():
     net, x = small_mlp(), _skewed()
     assert _square(_change(net, net, x)).abs().max() == 0
+
+
+def test_a_step_keeps_the_regression_on_activations_and_its_rest():
+    """``da = K a + r``: the true moments of ``a`` go through ``K``, those of ``r`` stay."""
+    net, x = small_mlp(), _skewed()
+    reference = ReferenceNetwork.of(net, (4,))
+    labels = torch.zeros(len(x), dtype=torch.long)
+    stages = walk(reference.graph, x)
+    kept = batch_statistics(labels, 1, net(x).detach(), rows=x, stages=stages, layers=True)
+    true = kept.stages[0].layer
+    step = anchored_values(reference.graph, kept.inputs, [s.layer for s in kept.stages])[0]
+    width = true.mean.shape[1]
+    torch.manual_seed(6)
+    mean, slope = torch.randn(1, width).double(), torch.randn(1, width, width).double() / 4
+    before = affine_changes(reference.graph, reference.graph)[0][0].push(kept.inputs).covariance
+    change = Change(mean, before @ slope, slope.mT @ before @ slope + torch.eye(width).double())
+
+    mean, cross, covariance = step.pairs.push(change.mean, change.cross, change.covariance)
+    by = torch.linalg.solve(step.pairs.covariance, cross).mT
+    rest = covariance - by @ cross
+    shift = (true.mean - step.pairs.mean).unsqueeze(-1)
+    assert shift.abs().max() > 0.1  # the closure is wrong here
+    got = step.push(change)
+    for found, expected in (
+        (got.mean, mean + (by @ shift).squeeze(-1)),
+        (got.cross, true.covariance @ by.mT),
+        (got.covariance, by @ true.covariance @ by.mT + rest),
+    ):
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))

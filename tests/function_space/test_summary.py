@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from pushforward.errors import OptionError, ResourceError, ShapeError, WeightsError
+from pushforward.errors import LawError, OptionError, ResourceError, ShapeError, WeightsError
 from pushforward.function_space import estimators
 from pushforward.function_space.metrics import discrepancy
 from pushforward.function_space.summarize import summarize
@@ -143,12 +145,18 @@ def test_the_error_is_that_on_the_probes(trained):
     assert better.abs().max() < 0.2
 
 
-def test_a_summary_that_fits_badly_says_so():
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({"metric": "kl"}, "with classes or clusters"),
+        ({"estimator": "reference"}, 'Use estimator="synthetic"'),
+    ],
+)
+def test_a_summary_that_fits_badly_says_what_would_help(options, advice):
     net, (x, y) = small_mlp((4, 8, 3)), _data(300)
-    summary = summarize(net, (x.abs().pow(4), y))
-    check = summary.estimate(moved(net, 0.1), estimator="reference", metric="kl").checks[0]
+    check = summarize(net, (x.abs().pow(4), y)).estimate(moved(net, 0.1), **options).checks[0]
     assert check.status == "warn"
-    assert "layer_moments" in check.advice
+    assert advice in check.advice
 
 
 def test_shards_add_up(trained):
@@ -225,3 +233,13 @@ def test_layers_too_wide_for_covariances_are_refused(trained, monkeypatch):
     with pytest.raises(ResourceError, match="a layer has 16 units"):
         summary.distance(net, estimator="gaussian")
     assert summary.distance(net).item() == 0.0
+
+
+def test_indefinite_moments_are_refused(trained):
+    net, x, _, _ = trained
+    summary = summarize(net, x)
+    inputs = summary.statistics.inputs
+    flipped = replace(inputs, covariance=-inputs.covariance)
+    broken = replace(summary, statistics=replace(summary.statistics, inputs=flipped))
+    with pytest.raises(LawError, match="has the eigenvalue -"):
+        broken.distance(moved(net, 0.1))

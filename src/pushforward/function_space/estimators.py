@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from pushforward.errors import OptionError, ResourceError
+from pushforward.errors import LawError, OptionError, ResourceError
 from pushforward.function_space.anchored import AnchoredStep, anchored_values, push_anchored
 from pushforward.function_space.chain import Change, Moments, affine_changes
 from pushforward.function_space.gated import GatedStep, Gates, gated_values, push_gated
@@ -43,6 +43,7 @@ DEFAULT: Estimator = "synthetic"
 """The most accurate of them on every network measured, and the cheapest from 100 units on."""
 
 _ANCHORING = 1024  # draws of each component that decide how outputs are anchored
+_INDEFINITE = 1e-6  # of the largest eigenvalue, which rounding can leave below zero
 _TOO_WIDE = 8192  # units of a stage, beyond which covariances are not formed
 
 
@@ -258,6 +259,12 @@ class Estimators:
         if inputs.covariance.dim() == 2:
             return inputs.covariance.cpu().clamp(min=0).sqrt()
         values, vectors = torch.linalg.eigh(self._inputs.covariance.cpu())
+        if bool((values[:, 0] < -_INDEFINITE * values[:, -1].abs()).any()):
+            raise LawError(
+                f"a covariance of the inputs has the eigenvalue {float(values[:, 0].min()):.3g}",
+                where="summary",
+                advice="Summarise the data again: no data have such a covariance.",
+            )
         return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
 
     @cached_property

@@ -27,6 +27,7 @@ __all__ = ["FunctionSummary", "InputMoments"]
 
 InputMoments: TypeAlias = Literal["full", "diagonal"] | int
 _NUM_SAMPLES = 2048
+_LOUD = 0.5  # rms log ratio, beyond which a number is off by half of itself
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -55,7 +56,7 @@ class FunctionSummary:
     >>> import pushforward as pf, torch
     >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     >>> summary = pf.summarize(net, torch.randn(100, 3))
-    >>> float(summary.distance(net))
+    >>> float(summary.distance(net).detach())
     0.0
     """
 
@@ -334,7 +335,7 @@ class FunctionSummary:
             error,
             Cost(0.0, perf_counter() - start),
             f"the {chosen} estimator of the {metric} distance",
-            (_calibration_check(relative, ratios),),
+            (_calibration_check(relative, ratios, _advice(metric, chosen, self.num_components)),),
         )
 
     def calibration(
@@ -382,18 +383,25 @@ class FunctionSummary:
         return kinds[0] if kinds else self.reference.dtype
 
 
-def _calibration_check(relative: float, ratios: Tensor) -> Check:
+def _calibration_check(relative: float, ratios: Tensor, advice: str) -> Check:
     seen = f"rms log(estimate / truth) {relative:.3f} on {len(ratios)} of {NUM_PROBES} probes"
     if len(ratios) == 0:
         return Check("calibrated", "warn", "no probe moved the outputs", "Measure on some data.")
     if relative > _LOUD:
-        return Check(
-            "calibrated",
-            "warn",
-            seen,
-            "This closed form misses much of this network: keep layer_moments=True, or classes.",
-        )
+        return Check("calibrated", "warn", seen, advice)
     return Check("calibrated", "pass", seen)
 
 
-_LOUD = 0.5
+def _advice(metric: Metric, estimator: Estimator, num_components: int) -> str:
+    """What would make an estimate better."""
+    if metric != "euclidean" and num_components == 1:
+        return (
+            "On inputs drawn from one law for all data the network is less sure than on the data: "
+            "summarise with classes or clusters."
+        )
+    if estimator == "synthetic":
+        return (
+            "Inputs drawn from what was kept are unlike the data: keep classes, more clusters, or "
+            "the whole covariance."
+        )
+    return f'Use estimator="{DEFAULT}", or keep classes or clusters.'
