@@ -75,7 +75,9 @@ def summarize(
     Returns
     -------
     FunctionSummary
-        On the device of the network. Summaries of parts of the data add up (``+``).
+        On the device of the network. Summaries of parts of the data add up (``+``). It holds no
+        example; but the mean of a class or cluster of very few is close to each of them, and that
+        of one is the example.
 
     Raises
     ------

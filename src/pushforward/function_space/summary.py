@@ -364,8 +364,8 @@ class FunctionSummary:
                     if truth > 0:
                         weights = probe(self.reference, number)
                         guess = float(self.distance(weights, metric=metric, estimator=chosen))
-                        logs.append(torch.tensor(max(guess, 1e-300) / truth).log())
-            known = torch.stack(logs).double() if logs else torch.zeros(0, dtype=torch.float64)
+                        logs.append(log(max(guess, 1e-300) / truth))
+            known = torch.tensor(logs, dtype=torch.float64)
             self._calibrations[metric, chosen] = known
         return known
 
