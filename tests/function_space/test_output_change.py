@@ -73,3 +73,24 @@ def test_anchored_outputs_have_the_moments_of_the_data():
         assert torch.allclose(part.mean(0), mean[c])
         expected = factor[c] @ factor[c].mT
         assert torch.allclose(torch.cov(part.mT, correction=0), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("metric", "kept"), [("softmax", "softmax"), ("kl", "fisher")])
+def test_at_the_reference_the_kept_curvature_counts(metric, kept):
+    """Nothing is drawn there: second derivatives are those of the outputs of the data."""
+    torch.manual_seed(3)
+    outputs, change = _pieces(*_gaussian_pair(1e-3))
+    rows = 3 * torch.randn(20, 3, dtype=torch.float64)  # of another law than the closure's
+    curvature = {m: output_curvature(rows, m).mean(0)[None] for m in ("fisher", "softmax")}
+    got = mean_discrepancy(
+        change,
+        outputs,
+        OutputStatistics(outputs, curvature["fisher"], curvature["softmax"]),
+        metric,
+        chosen=None,
+        moved=False,
+        num_samples=10,
+        seed=0,
+    )
+    square = change.covariance[0] + torch.outer(change.mean[0], change.mean[0])
+    assert float(got) == pytest.approx(float((curvature[kept][0] * square).sum() / 2), rel=1e-12)

@@ -63,3 +63,23 @@ def test_gates_are_drawn_for_each_example():
     _, moves = _drawn(net, other, [Gates(half, half)], 1000)
     open_ = (moves[0, :, 0] != 0).double().mean()
     assert 0.4 < open_ < 0.6
+
+
+@pytest.mark.statistical
+def test_slopes_of_smooth_activations_have_their_mean_and_square():
+    net = small_mlp((3, 5, 2), nn.GELU)
+    other = moved(net, 0.4, only="0")
+    torch.manual_seed(1)
+    mean = torch.rand(1, 5, dtype=torch.float64)
+    gates = [Gates(mean, mean.square() + 0.1 * torch.rand(1, 5, dtype=torch.float64))]
+    inputs = Moments(torch.zeros(1, 3).double(), torch.eye(3).double()[None])
+    reference = ReferenceNetwork.of(net, (3,))
+    steps = gated_values(reference.graph, inputs, gates)
+    graph = reference.graph_of(reference.tensors_of(other))
+    change = push_gated(reference.graph, graph, inputs, steps)
+    exact = (change.covariance + change.mean.mT @ change.mean)[0].trace().detach() / 2
+    _, moves = _drawn(net, other, gates, 200_000)
+    each = moves[0].square().sum(1) / 2
+    error = each.std() / len(each) ** 0.5
+    assert abs(each.mean() - exact) < 4 * error  # 4 sigma
+    assert error < 0.02 * exact

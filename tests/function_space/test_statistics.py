@@ -110,3 +110,15 @@ def test_low_rank_keeps_the_largest_directions_and_the_diagonal():
     whole = low.whole.covariance
     assert torch.allclose(whole.diagonal(dim1=-2, dim2=-1), covariance.diagonal(dim1=-2, dim2=-1))
     assert (whole - covariance).abs().max() < 1.0  # of entries up to several hundred
+
+
+def test_squares_of_slopes_are_kept_beside_their_means():
+    """Slopes of smooth activations are not 0 or 1: their squares are other numbers."""
+    net = small_mlp((4, 5, 3), nn.GELU)
+    torch.manual_seed(0)
+    x = torch.randn(50, 4, dtype=torch.float64)
+    stage = _statistics(net, x, torch.zeros(50, dtype=torch.long), 1).stages[0]
+    before = net[0](x).detach().requires_grad_()
+    (slopes,) = torch.autograd.grad(nn.functional.gelu(before).sum(), before)
+    assert torch.allclose(stage.gate_mean[0], slopes.mean(0))
+    assert torch.allclose(stage.gate_square[0], slopes.square().mean(0))

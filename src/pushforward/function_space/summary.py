@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import log
 from time import perf_counter
 from typing import Any, Literal, TypeAlias, get_args
 
