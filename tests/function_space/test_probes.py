@@ -32,15 +32,22 @@ def _number(name):
     return PROBE_NAMES.index(name)
 
 
-@pytest.mark.parametrize("kind", ["noise of {} %", "mixed inputs, {} %"])
-@pytest.mark.parametrize("percent", [5, 20])
-def test_changes_are_as_long_as_their_names_say(kind, percent):
-    for old, new in _changes(_number(kind.format(percent))).values():
+@pytest.mark.parametrize(
+    ("name", "percent"),
+    [
+        ("noise of 5 %", 5),
+        ("noise of 20 %", 20),
+        ("mixed inputs, 10 %", 10),
+        ("mixed inputs, 70 %", 70),
+    ],
+)
+def test_changes_are_as_long_as_their_names_say(name, percent):
+    for old, new in _changes(_number(name)).values():
         assert float((new - old).norm() / old.norm()) == pytest.approx(percent / 100)
 
 
 def test_mixed_inputs_change_a_layer_along_one_direction_that_it_passed_before():
-    for name, (old, new) in _changes(_number("mixed inputs, 20 %")).items():
+    for name, (old, new) in _changes(_number("mixed inputs, 70 %")).items():
         if old.dim() < 2:
             continue
         left, values, right = torch.linalg.svd(new - old)

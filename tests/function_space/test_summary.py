@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from oracles.gated_network import published_distance
 from pushforward.errors import LawError, OptionError, ResourceError, ShapeError, WeightsError
 from pushforward.function_space import estimators
 from pushforward.function_space.metrics import discrepancy
+from pushforward.function_space.probes import NUM_PROBES, probe
 from pushforward.function_space.summarize import summarize
 from scenarios import moved, small_mlp
 
@@ -243,3 +245,136 @@ def test_indefinite_moments_are_refused(trained):
     broken = replace(summary, statistics=replace(summary.statistics, inputs=flipped))
     with pytest.raises(LawError, match="has the eigenvalue -"):
         broken.distance(moved(net, 0.1))
+
+
+@pytest.fixture(scope="module")
+def unequal():
+    """Classes of 100, 40 and 10 skewed examples: network, data, summaries of all and of each."""
+    torch.manual_seed(6)
+    y = torch.tensor([0] * 100 + [1] * 40 + [2] * 10)
+    x = torch.randn(150, 4, dtype=torch.float64).abs().pow(1.5) * (1.0 + 2.0 * y[:, None])
+    net = small_mlp((4, 6, 3))
+    parts = [summarize(net, x[y == label]) for label in range(3)]
+    return net, x, y, summarize(net, (x, y), classes="targets"), parts
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "fisher"])
+def test_components_count_by_their_examples(unequal, metric):
+    net, _, _, summary, parts = unequal
+    other = moved(net, 0.2)
+    options = {"metric": metric, "estimator": "gaussian"}
+    with torch.no_grad():
+        each = [float(part.distance(other, **options)) for part in parts]
+        whole = float(summary.distance(other, **options))
+    expected = sum(n * d for n, d in zip((100, 40, 10), each, strict=True)) / 150
+    assert whole == pytest.approx(expected, rel=1e-10)
+    estimate = summary.estimate(other, **options)
+    assert float(estimate.value) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_calibration_is_the_logarithm_of_estimate_over_truth(unequal, metric):
+    net, x, _, summary, _ = unequal
+    expected = []
+    for number in range(NUM_PROBES):
+        weights = probe(summary.reference, number)
+        with torch.no_grad():
+            new = torch.func.functional_call(net, weights, (x,))
+            truth = discrepancy(net(x), new, metric).mean()
+            guess = summary.distance(weights, metric=metric, estimator="gaussian")
+        expected.append((guess / truth).log())
+    ratios = summary.calibration(metric=metric, estimator="gaussian")
+    assert torch.allclose(ratios, torch.stack(expected), rtol=1e-6)
+
+
+def test_the_error_adds_what_draws_and_probes_say(unequal):
+    net, _, _, summary, _ = unequal
+    other = moved(net, 0.3)
+    closed = summary.estimate(other, estimator="gaussian")
+    ratios = summary.calibration(estimator="gaussian")
+    assert ratios.std() > 0.02  # or the mean and the mean square would be the same
+    expected = closed.value * ratios.square().mean().sqrt()
+    assert float(closed.standard_error) == pytest.approx(float(expected))
+    drawn = summary.estimate(other, num_samples=60)
+    _, spread = summary._estimators.components(
+        other, metric="euclidean", estimator=None, outputs=None, num_samples=60, seed=0
+    )
+    known = drawn.value * summary.calibration().square().mean().sqrt()
+    square = known.square() + (summary.weights * spread).square().sum()
+    assert float(drawn.standard_error) == pytest.approx(float(square.sqrt()))
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("estimator", ["sampled", "synthetic"])
+def test_the_spread_of_draws_is_that_over_seeds(unequal, estimator):
+    net, _, _, summary, _ = unequal
+    other = moved(net, 0.3)
+
+    def components(seed):
+        with torch.no_grad():
+            return summary._estimators.components(
+                other,
+                metric="euclidean",
+                estimator=estimator,
+                outputs=None,
+                num_samples=300,
+                seed=seed,
+            )
+
+    found = [components(seed) for seed in range(60)]
+    values = torch.stack([value for value, _ in found])
+    stated = torch.stack([spread for _, spread in found]).square().mean(0).sqrt()
+    # 60 seeds tell a standard deviation to 9 %; antithetic pairs make it smaller.
+    ratio = stated / values.std(0)
+    assert 0.7 < float(ratio.min()), ratio
+    assert float(ratio.max()) < (1.4 if estimator == "synthetic" else 3.0), ratio
+
+
+def test_seeds_decide_what_closed_forms_draw(unequal):
+    net, _, _, summary, _ = unequal
+    other = moved(net, 0.3)
+    with torch.no_grad():
+        first, again, second = (
+            float(summary.distance(other, metric="kl", estimator="gaussian", seed=s))
+            for s in (1, 1, 2)
+        )
+    assert first == again
+    assert first != second
+
+
+def test_the_reference_estimator_is_the_published_recursion_on_the_data(unequal):
+    net, x, _, _, _ = unequal
+    other = moved(net, 0.3)
+    affine = [
+        [(m.weight.detach(), m.bias.detach()) for m in n if isinstance(m, nn.Linear)]
+        for n in (net, other)
+    ]
+    with torch.no_grad():
+        gates = [(net[0](x) >= 0).double().mean(0).tolist()]
+        got = summarize(net, x).distance(other, estimator="reference")
+    covariance = torch.cov(x.mT, correction=0) + 1e-4 * torch.eye(4, dtype=torch.float64)
+    expected = published_distance(*affine, x.mean(0), covariance, gates)
+    assert float(got) == pytest.approx(float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_drawn_outputs_get_the_moments_of_the_data_where_probabilities_are_compared(
+    unequal, monkeypatch, metric
+):
+    net, x, y, summary, _ = unequal
+    seen = []
+
+    def noting(old, new, metric):
+        seen.append(old.detach())
+        return discrepancy(old, new, metric)
+
+    monkeypatch.setattr(estimators, "discrepancy", noting)
+    summary.distance(moved(net, 0.3), metric=metric, num_samples=3 * estimators._ANCHORING)
+    own = net(x).detach()
+    for label, drawn in enumerate(seen[0].unflatten(0, (3, -1))):
+        true = own[y == label]
+        same = torch.allclose(drawn.mean(0), true.mean(0), rtol=1e-6)
+        assert same == (metric != "euclidean")
+        first, second = (torch.cov(rows.mT, correction=0) for rows in (drawn, true))
+        same = torch.allclose(first, second, rtol=1e-3, atol=1e-4 * float(second.max()))
+        assert same == (metric != "euclidean")

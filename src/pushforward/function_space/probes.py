@@ -19,7 +19,7 @@ from pushforward.typing import Params
 __all__ = ["NUM_PROBES", "PROBE_NAMES", "probe"]
 
 _NOISE = (0.05, 0.2)  # norm of the change of a tensor over that of the tensor
-_ROTATION = (0.05, 0.2)
+_ROTATION = (0.1, 0.7)
 _PRUNED = (0.3, 0.6)  # share of a tensor that is set to 0, smallest entries first
 _BITS = (4.0, 6.0)  # of a symmetric quantisation
 PROBE_NAMES = (
