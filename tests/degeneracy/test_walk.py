@@ -1,5 +1,7 @@
 """Chains around weights: what they note, which of them live, and what they are moved by."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -186,3 +188,25 @@ def test_positions_have_the_order_of_the_parameters():
     ravelled = walk.around.potential.space.ravel(found.chains.last)
     assert torch.equal(found.positions, ravelled)
     assert found.positions.dtype == F64
+
+
+# --- chains that ran away ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("begun", "peak", "away"),
+    [(0.0, 99.0, False), (0.0, 101.0, True), (2.0, 199.0, False), (2.0, 201.0, True)],
+)
+def test_a_chain_that_rose_a_hundredfold_has_run_away_even_if_it_came_back(
+    begun, peak, away, monkeypatch
+):
+    walk = walk_of()
+    walked = walk.run("test", steps=5, start=3, step_size=1e-4)
+    most = walk.around.num_parameters + 10.0
+    excess = torch.zeros(3, 5, dtype=F64)
+    excess[:, 0], excess[1, 2] = begun * most, peak * most
+    walked = replace(walked, excess=excess)
+    assert walk.ran_away(walked) == away
+    monkeypatch.setattr(Walk, "run", lambda *_args, **_options: walked)
+    found = walk.attempt("test", steps=5, start=3, step_size=1e-4)
+    assert (found is None) == away

@@ -1,7 +1,7 @@
 """Sequences of tasks: what is learned, what is kept, and runs that go on where they were."""
 
 import json
-from functools import partial
+from functools import partial, wraps
 
 import pytest
 import torch
@@ -220,6 +220,7 @@ def stopping(loss, after):
     """A loss that ends the run at its call number `after`."""
     calls = iter(range(10**6))
 
+    @wraps(loss)  # a checkpoint knows a loss by its name
     def counted(outputs, targets):
         if next(calls) == after:
             raise InterruptedError_
@@ -290,13 +291,36 @@ def test_a_state_of_something_else_is_refused(tmp_path):
     tasks = make_tasks(2)
     net = make_network()
     learn(net, tasks, checkpoint=tmp_path)
-    for options in ({"scale": 2.0}, {"seed": 8}, {"optimiser": sgd}, {"batch_size": 8}):
+    others = [{"scale": 2.0}, {"seed": 8}, {"optimiser": sgd}, {"batch_size": 8}]
+    others += [{"loss": lambda outputs, targets: 2 * functional.cross_entropy(outputs, targets)}]
+    for options in others:
         with pytest.raises(WeightsError, match="another computation"):
             learn(make_network(), tasks, checkpoint=tmp_path, **options)
     with pytest.raises(WeightsError, match="net was"):
         learn(net, tasks, checkpoint=tmp_path)  # trained weights are not where it began
     with pytest.raises(WeightsError, match="tasks"):
         learn(make_network(), tasks[::-1], checkpoint=tmp_path)
+
+
+def test_a_loss_is_known_by_its_name_and_options(tmp_path):
+    tasks = make_tasks(1)
+
+    class Scaled:
+        def __call__(self, outputs, targets):
+            return 2 * functional.cross_entropy(outputs, targets)
+
+    losses = [
+        nn.CrossEntropyLoss,
+        lambda: partial(functional.cross_entropy, label_smoothing=0.1),
+        lambda: partial(functional.cross_entropy, label_smoothing=0.2),
+        lambda: partial(Scaled()),  # its address differs each time
+    ]
+    for number, make in enumerate(losses):
+        folder = tmp_path / str(number)
+        first = learn(make_network(), tasks, checkpoint=folder, loss=make())
+        assert same(first, learn(make_network(), tasks, checkpoint=folder, loss=make()))
+        with pytest.raises(WeightsError, match="loss was"):
+            learn(make_network(), tasks, checkpoint=folder, loss=losses[number - 1]())
 
 
 def test_another_summary_is_noticed(tmp_path):
@@ -340,3 +364,86 @@ def test_bad_input():
     with pytest.raises(NetworkError, match="loss is nan") as caught:
         learn(net, tasks, loss=lambda outputs, _: outputs.sum() * torch.nan)
     assert caught.value.where == "pair 0, epoch 1"
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize("value", [1.5, "many", True])
+@pytest.mark.parametrize("name", ["epochs", "batch_size"])
+def test_counts_are_whole_numbers(name, value):
+    with pytest.raises(OptionError, match="positive whole number") as caught:
+        learn(make_network(), make_tasks(1), **{name: value})
+    assert caught.value.where == name
+
+
+def one_logit():
+    return fill(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 1)), 1, 1.0, 0.1)
+
+
+def refused(net, targets, **options):
+    """What `learn_tasks` says about targets, and that it has not trained."""
+    x = normal(90, 40, 4)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    with pytest.raises(DataError) as caught:
+        learn(net, [Task((x, targets(x)), (x, targets(x)))], **options)
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    return caught.value
+
+
+def sign(x):
+    return x[:, :1] > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "targets", "loss"),
+    [
+        (one_logit, lambda x: sign(x).to(x), functional.binary_cross_entropy_with_logits),
+        (one_logit, lambda x: x[:, :1], functional.mse_loss),
+        (make_network, lambda x: x, functional.mse_loss),
+        (make_network, lambda x: sign(x)[:, 0], functional.mse_loss),
+        (make_network, lambda x: sign(x).long(), functional.cross_entropy),
+    ],
+)
+def test_without_classes_there_is_no_default_accuracy(make, targets, loss):
+    error = refused(make(), targets, loss=loss)
+    assert error.where == "test data of task 1"
+    assert "are no labels" in str(error)
+    assert "Give evaluate=" in error.advice
+
+
+def test_the_default_accuracy_needs_two_outputs():
+    def labels(x):
+        return sign(x)[:, 0].long()
+
+    error = refused(one_logit(), labels)
+    assert "outputs of shape (1,) for each example are no classes" in str(error)
+    error = refused(nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3))), labels)
+    assert "outputs of shape (2, 3)" in str(error)
+    x = normal(90, 40, 4)
+    data = x, 0 * labels(x)
+    with pytest.raises(DataError, match=r"shape \(1,\) for each example") as caught:
+        learn(make_network(), [Task(data, data, outputs=[0])])
+    assert "evaluate=" in caught.value.advice
+
+
+def test_a_single_logit_learns_with_a_score_of_its_own():
+    x = normal(90, 60, 4)
+    data = x, sign(x).to(x)
+
+    def score(net, task):
+        return ((net(task.test[0]) > 0) == (task.test[1] > 0)).double().mean().item()
+
+    loss = functional.binary_cross_entropy_with_logits
+    optimiser = partial(torch.optim.Adam, lr=0.02)
+    tasks = [Task(data, data)]
+    net = one_logit()
+    found = learn(net, tasks, loss=loss, evaluate=score, epochs=20, optimiser=optimiser)
+    assert found.final.item() == score(net, tasks[0]) > 0.9
+
+
+def test_targets_that_the_loss_does_not_take():
+    error = refused(make_network(), lambda x: sign(x).long(), evaluate=lambda net, task: 0.0)
+    assert error.where == "training data of task 1"
+    assert "targets of type torch.int64 and shape (16, 1)" in str(error)
+    error = refused(make_network(), lambda x: sign(x)[:, 0].long() + 4)
+    assert "below the number of outputs" in error.advice

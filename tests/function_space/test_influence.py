@@ -14,6 +14,8 @@ from pushforward.function_space import influence as module
 from pushforward.function_space.curvature import GaussNewton
 from pushforward.function_space.influence import influence, self_influence
 from pushforward.function_space.proximal import proximal_response
+from pushforward.function_space.summarize import summarize
+from pushforward.runs.estimate import Check
 
 DAMPING = 0.01
 
@@ -194,6 +196,68 @@ def test_pictures(case):
         found.plot(query=24)
 
 
+def test_pictures_of_outputs(case):
+    pytest.importorskip("matplotlib").use("Agg")
+    from matplotlib import pyplot
+
+    data = (case.x, case.y)
+    found = _scores(case, (case.x[:3], case.y[:3]), data, effect="outputs")
+    axes = found.plot(query=2, k=3, output=1).axes[0]
+    shown = [t.get_text() for t in axes.get_yticklabels()][:3]
+    assert shown == [str(n) for n in found.top(3)[0][2, 1].tolist()]
+    assert axes.get_xlabel().startswith("change of output 1 on removing it")
+    pyplot.close("all")
+    count = found.scores.shape[1]
+    for output in (None, count, -1):
+        with pytest.raises(OptionError, match=f"the scores are of {count} outputs") as caught:
+            found.plot(output=output)
+        assert caught.value.where == "output"
+        assert "plot(query, output=...)" in caught.value.advice
+    with pytest.raises(OptionError, match="0 of each kind"):
+        found.plot(k=0, output=0)
+    with pytest.raises(OptionError, match="output 0 of scores of the loss"):
+        _scores(case, data, data).plot(output=0)
+
+
+# --- checks -----------------------------------------------------------------------------------
+
+
+class Calibrated(Exact):
+    """Says for what its calibration was asked."""
+
+    def calibration_check(self, *, metric, estimator):
+        return Check("calibrated", "warn", f"{metric} {estimator}", "Keep classes.")
+
+
+def test_the_calibration_of_a_measure_is_among_the_checks(case):
+    data = (case.x, case.y)
+    measure = Calibrated(case.net, case.x)
+    expected = Check("calibrated", "warn", f"{case.metric} None", "Keep classes.")
+    for found in (
+        influence(measure, data, data, case.loss, damping=DAMPING),
+        self_influence(measure, data, case.loss, damping=DAMPING),
+        self_influence(
+            GaussNewton.of(measure, metric=case.metric), data, case.loss, damping=DAMPING
+        ),
+    ):
+        assert found.checks[-1] == expected
+        assert found.status == "warn"
+        assert "Keep classes" in repr(found)
+    assert "calibrated" not in [check.name for check in _scores(case, data, data).checks]
+
+
+def test_a_summary_says_how_well_the_estimator_in_use_is_calibrated(case):
+    summary = summarize(case.net, case.x)
+    data = (case.x, case.y)
+    details = []
+    for estimator in (None, "gaussian"):
+        found = self_influence(summary, data, case.loss, damping=0.1, estimator=estimator)
+        check = summary.calibration_check(metric=case.metric, estimator=estimator)
+        assert found.checks[-1] == check
+        details.append(check.detail)
+    assert details[0] != details[1]
+
+
 def test_damping_that_drowns_the_curvature_is_warned_of(case):
     data = (case.x, case.y)
     assert _scores(case, data, data, damping=1e4).status == "warn"
@@ -276,6 +340,8 @@ def test_targets_are_checked():
         _scores(case, (case.x, case.y + 1), (case.x, case.y))
     with pytest.raises(ShapeError, match="integer label"):
         _scores(case, (case.x, case.y.double()), (case.x, case.y))
+    with pytest.raises(ShapeError, match='or use loss="squared"'):
+        _scores(case, (case.x, case.y), (case.x, case.x))
     case = trained("squared")
     with pytest.raises(ShapeError, match="1 targets for 2 outputs"):
         _scores(case, (case.x, case.y[:, :1]), (case.x, case.y))
@@ -286,3 +352,32 @@ def test_the_number_of_training_examples_has_to_be_known(case):
     del case.measure.num_examples
     with pytest.raises(OptionError, match="Give num_examples"):
         _scores(case, data, data)
+
+
+@pytest.mark.parametrize("regression", [False, True])
+def test_one_output_and_cross_entropy_do_not_go_together(regression):
+    x = trained("squared").x
+    net = nn.Linear(3, 1).double()
+    data = (x, x[:, :1] if regression else (x[:, 0] > 0).long())
+    message = 'cross-entropy of a network with 1 output.*two logits, or use loss="squared"'
+    for call in (
+        lambda measure: self_influence(measure, data, damping=1.0),
+        lambda measure: influence(measure, data, data, damping=1.0),
+        lambda measure: proximal_response(measure, (x[0], data[1][0]), damping=1.0),
+    ):
+        with pytest.raises(DataError, match=message):
+            call(Exact(net, x))
+
+
+def test_probabilities_of_one_output_have_no_curvature():
+    x = trained("squared").x
+    net = nn.Linear(3, 1).double()
+
+    def loss(outputs, target):
+        return nn.functional.softplus(outputs).sum() - (outputs * target).sum()
+
+    data = (x, (x[:, :1] > 0).double())
+    with pytest.raises(NetworkError, match="single output only the euclidean metric"):
+        self_influence(Exact(net, x), data, loss, damping=1.0, metric="fisher")
+    found = self_influence(Exact(net, x), data, loss, damping=1.0, metric="euclidean")
+    assert bool((found.scores > 0).all())

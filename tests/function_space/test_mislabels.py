@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from influence_cases import Exact, trained
-from pushforward.errors import OptionError, ShapeError, WeightsError
+from pushforward.errors import DataError, OptionError, ShapeError, WeightsError
 from pushforward.function_space.influence import self_influence
 from pushforward.function_space.mislabels import find_wrong_labels
+from pushforward.function_space.summarize import summarize
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,43 @@ def test_without_a_measure_the_data_are_summarised(flipped):
     assert "FunctionSummary" in found.method
 
 
+def test_labels_are_looked_at_before_anything_is_computed(flipped):
+    net, x, labels, _ = flipped
+    logit = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+    for measure in (None, Exact(logit, x)):
+        for targets in (labels.clamp(max=1), x[:, :1]):
+            with pytest.raises(DataError, match='1 output.*two logits, or use loss="squared"'):
+                find_wrong_labels(logit, (x, targets), measure)
+    assert len(find_wrong_labels(logit, (x, x[:, :1]), loss="squared")) == 90
+    for measure in (None, Exact(net, x)):
+        with pytest.raises(DataError, match="labels run from 0 to 2"):
+            find_wrong_labels(net, (x, labels + 3), measure)
+    with pytest.raises(OptionError, match="needs a metric"):
+        find_wrong_labels(net, (x, labels), loss=nn.functional.cross_entropy)
+
+
+def test_the_calibration_of_the_summary_is_said(flipped):
+    net, x, labels, _ = flipped
+    found = find_wrong_labels(net, (x, labels), subset="2.*")
+    expected = summarize(net, x).calibration_check(metric="fisher")
+    assert [check for check in found.checks if check.name == "calibrated"] == [expected]
+
+
+def test_bars_show_the_curvature_and_the_products(flipped, capsys):
+    net, x, labels, _ = flipped
+    measure = Exact(net, x)
+    find_wrong_labels(net, (x, labels), measure, progress=True)
+    shown = capsys.readouterr().err
+    assert "Curvature" in shown
+    assert "Self-influence" in shown
+    find_wrong_labels(net, (x, labels), measure, method="conjugate_gradients", progress=True)
+    shown = capsys.readouterr().err
+    assert "Curvature" not in shown
+    assert "products" in shown
+    find_wrong_labels(net, (x, labels), measure, progress=False)
+    assert capsys.readouterr().err == ""
+
+
 def test_table_and_what_is_written(flipped, found):
     lines = found.table(4).splitlines()
     assert len(lines) == 6
@@ -139,3 +177,11 @@ def test_refusals(flipped, found):
         find_wrong_labels(other, (x, labels), Exact(net, x))
     with pytest.raises(OptionError, match="Give a positive number"):
         find_wrong_labels(net, (x, labels), Exact(net, x), damping=-1.0)
+
+
+def test_the_number_of_training_examples_may_be_given(flipped, found):
+    net, x, labels, _ = flipped
+    again = find_wrong_labels(net, (x, labels), Exact(net, x), num_examples=900)
+    assert (found.num_examples, again.num_examples) == (90, 900)
+    mine, other = (r.scores["self_influence"] for r in (again, found))
+    torch.testing.assert_close(10 * mine, other)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -65,7 +67,8 @@ def test_anchored_outputs_have_the_moments_of_the_data():
     )
     mean = torch.randn(2, 3, dtype=torch.float64)
     factor = torch.randn(2, 3, 3, dtype=torch.float64)
-    anchor = OutputAnchor.of(rows, component, Moments(mean, factor @ factor.mT))
+    kept = OutputStatistics(Moments(mean, factor @ factor.mT), *[torch.eye(3).double()[None]] * 2)
+    anchor = OutputAnchor.of(rows, component, replace(kept, fisher=kept.fisher.expand(2, 3, 3)))
     got = anchor.apply(rows, component)
     assert torch.allclose(anchor.apply(rows[150:151], component[150:151]), got[150:151])
     for c in (0, 1):

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -204,6 +205,25 @@ def test_draws_are_made_anew_only_on_request(past):
         assert len({penalty(other).item() for _ in range(3)}) == (3 if resample else 1)
 
 
+def test_the_seed_decides_the_tasks_and_the_draws(past):
+    net, x = past[0]
+    other, summary = moved(net, 9), summarize(net, x)
+
+    def resampled(seed):
+        penalty = FunctionSpacePenalty(
+            estimator="sampled", num_samples=20, resample=True, seed=seed
+        )
+        penalty.add(summary)
+        return penalty
+
+    for make in (lambda seed: chosen_tasks(past, 1, seed), resampled):
+        first, again, second = (
+            [penalty(other).item() for _ in range(12)] for penalty in map(make, (1, 1, 2))
+        )
+        assert first == again
+        assert first != second
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
@@ -212,6 +232,7 @@ def test_draws_are_made_anew_only_on_request(past):
     [
         ({"scale": -1.0}, "scale"),
         ({"scale": float("nan")}, "scale"),
+        ({"scale": float("inf")}, "scale"),
         ({"tasks_per_step": 0}, "tasks_per_step"),
         ({"metric": "cosine"}, "metric"),
         ({"seed": -1}, "seed"),
@@ -221,6 +242,38 @@ def test_options_out_of_range(options, where):
     with pytest.raises(OptionError) as caught:
         FunctionSpacePenalty(**options)
     assert caught.value.where == where
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": "a"},
+        {"scale": None},
+        {"scale": True},
+        {"tasks_per_step": 1.5},
+        {"tasks_per_step": "a"},
+        {"tasks_per_step": True},
+    ],
+)
+def test_options_that_are_no_numbers(options):
+    with pytest.raises(OptionError) as caught:
+        FunctionSpacePenalty(**options)
+    assert [caught.value.where] == list(options)
+
+
+@pytest.mark.wrong_types
+def test_a_weight_that_is_no_number(past):
+    net, x = past[0]
+    with pytest.raises(OptionError) as caught:
+        FunctionSpacePenalty().add(ExactDistance.of(net, x), weight="a")
+    assert caught.value.where == "weight"
+
+
+@pytest.mark.wrong_types
+def test_numbers_of_numpy_are_numbers():
+    penalty = FunctionSpacePenalty(scale=np.float32(0.5), tasks_per_step=np.int64(2))
+    assert (penalty.scale, penalty.tasks_per_step) == (0.5, 2)
 
 
 def test_what_is_no_measure_is_refused(past):

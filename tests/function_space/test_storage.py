@@ -120,3 +120,28 @@ def test_damaged_files_are_refused(saved, tmp_path):
     )
     with pytest.raises(WeightsError, match="no whole summary"):
         FunctionSummary.load(broken, net)
+
+
+def test_buffers_that_no_state_dict_has_come_back_too(tmp_path):
+    class Scaled(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+            self.register_buffer("scale", torch.tensor(scale), persistent=False)
+
+        def forward(self, x):
+            return self.scale * self.inner(x)
+
+    net = Scaled(5.0)
+    summarize(net, torch.randn(50, 4)).save(tmp_path / "scaled.safetensors")
+    loaded = FunctionSummary.load(tmp_path / "scaled.safetensors", Scaled(1.0))
+    assert loaded.distance(net).item() == 0.0
+
+
+def test_a_changed_header_is_refused(saved, tmp_path):
+    net, _, path = saved
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(path.read_bytes().replace(rb"\"num_stages\": 2", rb"\"num_stages\": 0"))
+    assert broken.read_bytes() != path.read_bytes()
+    with pytest.raises(WeightsError):
+        FunctionSummary.load(broken, net)

@@ -244,3 +244,30 @@ def test_augmenting_loaders_are_refused():
 
     with pytest.raises(DataError, match="random augmentation"):
         summarize(small_mlp(), DataLoader(Noisy()))
+
+
+@pytest.mark.parametrize(
+    "inputs", [torch.zeros(9, 1, 4, 4, dtype=torch.uint8), torch.ones(9, 4) > 0]
+)
+def test_integer_images_are_no_tokens(inputs):
+    with pytest.raises(DataError, match="Convert images and features to floating point"):
+        summarize(small_mlp(), inputs)
+
+
+def test_memory_does_not_grow_with_examples_times_squared_outputs():
+    """1,024 examples of 600 outputs: matrices of each would take 3 GB."""
+    net, x = nn.Linear(3, 600), torch.randn(1024, 3)
+    summary = summarize(net, x)
+    with torch.no_grad():
+        p = net(x).double().softmax(1)
+    fisher = torch.diag(p.mean(0)) - p.mT @ p / len(p)
+    assert torch.allclose(summary.statistics.outputs.fisher[0], fisher, atol=1e-12)
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize(
+    "options", [{"clusters": 1.5}, {"input_moments": [3]}, {"batch_size": 2.5}, {"num_classes": 0}]
+)
+def test_numbers_that_are_none_are_refused(options):
+    with pytest.raises(OptionError):
+        summarize(small_mlp(), _inputs(), **options)

@@ -145,8 +145,9 @@ def test_the_standard_error_is_the_spread_over_seeds(antithetic):
     ]
     spread = torch.stack([f.value.detach() for f in found]).std()
     claimed = torch.stack([f.standard_error for f in found]).square().mean().sqrt()
-    # 200 draws of heavy tails: the ratio has a standard error of about 0.07.
-    assert abs(spread / claimed - 1) < 0.3
+    # 200 draws of heavy tails: the ratio has a standard error of about 0.07. Antithetic draws have
+    # exact second moments, which the stated error does not know: it is an upper bound.
+    assert (0.2 if antithetic else 0.7) < spread / claimed < 1.3
 
 
 def test_components_are_weighted():
@@ -341,3 +342,13 @@ def test_what_does_not_fit_is_refused():
         SyntheticInputs(mean, torch.zeros(1, dtype=torch.int64), ONE)
     with pytest.raises(OptionError, match="chunk"):
         SyntheticRun.of(reference, drawn_pairs(reference), chunk=0)
+
+
+@pytest.mark.parametrize(("antithetic", "square"), [(True, 1.0), (False, 14 / 12)])
+def test_standard_errors_by_hand(antithetic, square):
+    """Pairs count as one draw each; squares are divided by one less than there are."""
+    weights = torch.ones(1, dtype=torch.float64)
+    component = torch.zeros(4, dtype=torch.long)
+    sample = SyntheticInputs(torch.zeros(4, 2), component, weights, antithetic)
+    errors = sample.component_errors(torch.tensor([1.0, 3.0, 2.0, 6.0], dtype=torch.float64))
+    assert errors.tolist() == pytest.approx([square**0.5])

@@ -20,7 +20,7 @@ _CLUSTERED = 10_000  # examples that decide where the centres are
 
 
 def label_components(
-    examples: Examples, classes: Literal["targets"] | Tensor | Any
+    examples: Examples, classes: Literal["targets"] | Tensor | Any, num_classes: int | None = None
 ) -> Int64[Tensor, " N"]:
     """The component of every example from labels.
 
@@ -30,11 +30,13 @@ def label_components(
         The data.
     classes
         ``"targets"``, or a label for each example.
+    num_classes
+        How many there are, where not all of them need occur.
 
     Returns
     -------
     Tensor
-        Numbers from 0, every one of which occurs.
+        Numbers from 0; every one occurs unless `num_classes` is given.
 
     Raises
     ------
@@ -67,15 +69,20 @@ def label_components(
             advice="Give one whole number from 0 for each example.",
         )
     labels = labels.long()
-    counts = torch.bincount(labels)
-    empty = torch.nonzero(counts == 0)[:, 0].tolist()
-    if empty:
+    if num_classes is not None and int(labels.max()) >= num_classes:
+        raise DataError(
+            f"label {int(labels.max())} with num_classes={num_classes}",
+            where="classes",
+            advice="Number the classes from 0.",
+        )
+    empty = torch.nonzero(torch.bincount(labels) == 0)[:, 0].tolist()
+    if empty and num_classes is None:
         raise DataError(
             f"class {empty[0]} has no example"
             + (f", like {len(empty) - 1} more" * (len(empty) > 1)),
             where="classes",
-            advice="Number the classes that occur from 0 without gaps: "
-            "torch.unique(labels, return_inverse=True)[1].",
+            advice="Give num_classes= if this is a part of the data that lacks some of them; else "
+            "number those that occur without gaps, torch.unique(labels, return_inverse=True)[1].",
         )
     return labels
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from time import perf_counter
@@ -14,9 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pushforward.errors import NetworkError, OptionError, WeightsError
+from pushforward.errors import (
+    DataError,
+    NetworkError,
+    OptionError,
+    PushforwardError,
+    WeightsError,
+)
 from pushforward.function_space.metrics import Metric
-from pushforward.function_space.penalty import DistanceMeasure, FunctionSpacePenalty
+from pushforward.function_space.penalty import DistanceMeasure, FunctionSpacePenalty, is_whole
 from pushforward.function_space.task_sequence import TaskSequence
 from pushforward.function_space.tasks import OpenTask, Task, evaluating
 from pushforward.runs.progress import track
@@ -81,13 +89,15 @@ def learn_tasks(
         outputs of the task by then.
     evaluate
         ``(net, task) -> number``. Default: the share of the test data whose largest output, among
-        those of the task, is that of the label.
+        those of the task, is that of the label; it needs integer labels ``(N,)`` and two outputs
+        or more, so that regression or a single logit need a function here.
     seed
         Of orders, dropout and draws.
     checkpoint
         Folder in which the state is kept after every epoch: the same call, with the same initial
         weights, goes on from there, to the same result bit for bit. Measures are not stored:
-        `summarise` is called again with the weights of then, and must give the same.
+        `summarise` is called again with the weights of then, and must give the same. A `loss` of
+        another name is refused; one that was changed under its name is not noticed.
     progress
         Whether to show a bar; None: on a terminal, when it takes long.
 
@@ -101,7 +111,8 @@ def learn_tasks(
     OptionError
         For no tasks, options out of range, or what is no measure.
     DataError
-        For data that cannot be read, or labels outside of the outputs of their task.
+        For data that cannot be read, labels outside of the outputs of their task, targets that
+        the loss does not take, or those that are no labels when `evaluate` is not given.
     NetworkError
         When a loss is not finite.
     WeightsError
@@ -126,8 +137,8 @@ def learn_tasks(
     if not tasks:
         raise OptionError("there are none", where="tasks", advice="Give at least one task.")
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
-        if value < 1:
-            raise OptionError(f"{value!r}", where=name, advice="Give a positive number.")
+        if not (is_whole(value) and value >= 1):
+            raise OptionError(f"{value!r}", where=name, advice="Give a positive whole number.")
     options = distance_options or {}
     penalty = FunctionSpacePenalty(
         scale=scale,
@@ -139,6 +150,9 @@ def learn_tasks(
     )
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     opened = [OpenTask.of(task, number, net, device) for number, task in enumerate(tasks)]
+    if evaluate is None:
+        for task in opened:
+            task.require_classes()
     optimiser_of_all = optimiser([p for p in net.parameters() if p.requires_grad])
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimiser_of_all.param_groups]
     settings = {
@@ -146,6 +160,7 @@ def learn_tasks(
         "seed": seed,
         "epochs": epochs,
         "batch_size": batch_size,
+        "loss": _named(loss),
         "penalty": None if summarise is None else repr(penalty),
         "net": fingerprint(_tensors(net)),
         "tasks": [task.identity for task in opened],
@@ -227,7 +242,7 @@ class _Learner:
         with _global_seed(self.net, self.seed, "dropout", number, epoch):
             for batch in task.train.minibatches(self.batch_size, order):
                 outputs, targets = task.outputs_and_targets(self.net, batch)
-                loss = self.loss(outputs, targets)
+                loss = self.loss_on(outputs, targets, task)
                 penalty = self.penalty(self.net)
                 self.optimiser.zero_grad()
                 (loss + penalty).backward()
@@ -243,6 +258,22 @@ class _Learner:
             )
         self.losses[number].append(means[0])
         self.penalties[number].append(means[1])
+
+    def loss_on(self, outputs: Tensor, targets: Tensor, task: OpenTask) -> Tensor:
+        try:
+            return self.loss(outputs, targets)
+        except PushforwardError:
+            raise
+        except (RuntimeError, ValueError, IndexError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise DataError(
+                f"the loss failed on outputs {tuple(outputs.shape)} and targets of type "
+                f"{targets.dtype} and shape {tuple(targets.shape)}: {error}",
+                where=task.train.name,
+                advice="Give targets that it takes; cross-entropy wants integer labels (N,) below "
+                "the number of outputs.",
+            ) from error
 
     def score(self, task: OpenTask) -> float:
         if self.evaluate is not None:
@@ -361,6 +392,18 @@ def _load(net: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _named(function: Any) -> str:
+    """A function by its name, the same in every process: addresses do not count."""
+    if isinstance(function, partial):
+        keywords = (f"{name}={value!r}" for name, value in sorted(function.keywords.items()))
+        inner = ", ".join([_named(function.func), *map(repr, function.args), *keywords])
+        return re.sub(r" at 0x[0-9a-fA-F]+", "", f"partial({inner})")
+    name = getattr(function, "__qualname__", None)
+    if name is not None:
+        return f"{getattr(function, '__module__', '')}.{name}"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(function))
 
 
 def _is_finite(value: float) -> bool:

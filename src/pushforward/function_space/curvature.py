@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count
 from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import torch
@@ -24,6 +25,7 @@ from pushforward.function_space.metrics import Metric, check_metric
 from pushforward.function_space.network import Other, ReferenceNetwork
 from pushforward.linalg import conjugate_gradients
 from pushforward.networks.parameters import ParameterSpace, match_names
+from pushforward.runs.progress import track
 from pushforward.runs.rng import stream
 from pushforward.typing import Params
 
@@ -41,6 +43,7 @@ _DENSE_LIMIT = 8192  # parameters; the matrix and its factor then take 1 GiB
 _BACKWARD_BYTES = 2**29  # what a batch of backward passes may take
 _LARGEST_BLOCK = 256
 _UNKNOWN_BLOCK = 16
+_COLUMNS = 1024  # of a dense matrix between two looks at the bar
 _STEP = 6e-6  # cube root of the rounding error: where a central difference is best
 
 
@@ -269,8 +272,13 @@ class GaussNewton:
         found = self._differenced(rows) if self.differences else self._differentiated(rows)
         return found.T
 
-    def dense(self) -> Float[Tensor, "P P"]:
+    def dense(self, progress: bool | None = False) -> Float[Tensor, "P P"]:
         """The matrix itself.
+
+        Parameters
+        ----------
+        progress
+            True or False to show a bar or not; None on a terminal only.
 
         Returns
         -------
@@ -289,13 +297,20 @@ class GaussNewton:
                 where="dense curvature",
                 advice="Use conjugate gradients, or name fewer parameters by subset=.",
             )
-        return self._dense
+        if not self._formed:
+            eye = torch.eye(self.space.size, dtype=self.dtype, device=self.point.device)
+            columns = []
+            with track(self.space.size, "Curvature", enabled=progress) as advance:
+                for block in eye.split(_COLUMNS, dim=1):
+                    columns.append(self.product(block))
+                    advance(block.shape[1])
+            matrix = torch.cat(columns, 1)
+            self._formed.append((matrix + matrix.T) / 2)
+        return self._formed[0]
 
     @cached_property
-    def _dense(self) -> Tensor:
-        eye = torch.eye(self.space.size, dtype=self.dtype, device=self.point.device)
-        matrix = self.product(eye)
-        return (matrix + matrix.T) / 2
+    def _formed(self) -> list[Tensor]:
+        return []  # the matrix, once it has been asked for
 
     def solver(
         self,
@@ -467,13 +482,23 @@ class Solver:
             )
         return factor
 
-    def solve(self, vectors: Float[Tensor, "P k"]) -> Solution:
+    def prepare(self, progress: bool | None = None) -> None:
+        """Form and factor the matrix now, with a bar, where that is what will take long."""
+        if self.method == "cholesky":
+            self.curvature.dense(progress)
+            _ = self.factor
+
+    def solve(
+        self, vectors: Float[Tensor, "P k"], watch: Callable[[int], None] | None = None
+    ) -> Solution:
         """Solve for several right-hand sides.
 
         Parameters
         ----------
         vectors
             ``(P, k)``.
+        watch
+            Told how many products there have been, after each of conjugate gradients.
 
         Returns
         -------
@@ -487,16 +512,21 @@ class Solver:
             found = torch.cholesky_solve(vectors, self.factor)
             image = self.curvature.dense() @ found + self.damping * found
             return Solution(found, _relative(image - vectors, vectors), "cholesky")
-        return self._iterated(vectors)
+        return self._iterated(vectors, watch)
 
     def _own(self, vectors: Tensor) -> Tensor:
         space, measure = self.curvature.space, self.curvature.measure
         found: Params = measure.solve(space.unravel(vectors.T.contiguous()), self.damping)
         return space.ravel(found).T
 
-    def _iterated(self, vectors: Tensor) -> Solution:
+    def _iterated(self, vectors: Tensor, watch: Callable[[int], None] | None) -> Solution:
+        made = count(1)
+
         def product(rows: Tensor) -> Tensor:
-            return self.curvature.product(rows.T).T + self.damping * rows
+            image = self.curvature.product(rows.T).T + self.damping * rows
+            if watch is not None:
+                watch(next(made))
+            return image
 
         # Lengths are taken out: columns of unlike size then count alike within a block.
         lengths = vectors.norm(dim=0).clamp(min=1e-300)
@@ -551,10 +581,11 @@ def _first_that_moves(
     if bool(image.any()) and bool(torch.isfinite(image).all()):
         return found
     what = "not finite" if bool(image.any()) else "zero"
+    advice = "Check that its distance depends on the weights, and that their outputs do."
+    if metric != "euclidean":
+        advice += " Of a single output only the euclidean metric sees anything."
     raise NetworkError(
-        f"the curvature of the distance at the reference is {what}",
-        where="measure",
-        advice="Check that its distance depends on the weights, and that their outputs do.",
+        f"the curvature of the distance at the reference is {what}", where="measure", advice=advice
     )
 
 

@@ -20,7 +20,7 @@ from pushforward.function_space.network import ReferenceNetwork
 from pushforward.networks.data import Batch, Examples
 from pushforward.networks.parameters import ParameterSpace
 
-__all__ = ["ExampleGradients", "Loss", "metric_of"]
+__all__ = ["ExampleGradients", "Loss", "metric_of", "open_examples"]
 
 Loss: TypeAlias = Literal["cross_entropy", "squared"] | Callable[[Tensor, Tensor], Tensor]
 """By name, or from the outputs ``(K,)`` and the target of one example to a scalar."""
@@ -94,11 +94,8 @@ class ExampleGradients:
         DataError
             If the data cannot be read, or the loss is not finite on the first of them.
         """
-        examples = Examples.read(source, name=name, device=self.reference.device)
-        batch = examples.select(torch.arange(min(len(examples), 2)))
-        if batch.targets is None:
-            raise DataError("they have no targets", where=name, advice="Give (inputs, targets).")
-        self.rows(batch, name)
+        examples = open_examples(self.reference, source, self.loss, name)
+        self.rows(examples.select(torch.arange(min(len(examples), 2))), name)
         return examples
 
     def batch_size(self, given: int | None, rows: int = 1) -> int:
@@ -330,12 +327,20 @@ class ExampleGradients:
                     advice="Squared loss needs a number for each output.",
                 )
             return targets.reshape(len(batch), count).double()
+        needs = (
+            "Cross-entropy needs one integer label for each example, below the number of outputs, "
+            'and two outputs or more: give the network two logits, or use loss="squared".'
+        )
+        if count < 2:
+            raise DataError(
+                f"cross-entropy of a network with {count} output", where=name, advice=needs
+            )
         labels = targets.reshape(len(batch), -1)
         if labels.shape[1] != 1 or targets.is_floating_point() or targets.dtype == torch.bool:
             raise ShapeError(
                 f"targets of type {targets.dtype} and shape {tuple(targets.shape)}",
                 where=name,
-                advice="Cross-entropy needs one integer label for each example.",
+                advice=needs,
             )
         labels = labels[:, 0].long()
         if int(labels.min()) < 0 or int(labels.max()) >= count:
@@ -357,6 +362,40 @@ class ExampleGradients:
                 where="net",
                 advice="Give inputs of the shape that the network was trained on.",
             ) from error
+
+
+def open_examples(reference: ReferenceNetwork, source: Any, loss: Loss, name: str) -> Examples:
+    """Read examples and see whether their targets are what the loss takes, without a gradient.
+
+    Parameters
+    ----------
+    reference
+        The network.
+    source
+        Whatever `Examples.read` takes.
+    loss
+        Of single examples.
+    name
+        How messages call them.
+
+    Returns
+    -------
+    opened : Examples
+        With targets, on the device of the network.
+
+    Raises
+    ------
+    DataError
+        If the data cannot be read, have no targets, or labels beyond the outputs of the network.
+    """
+    examples = Examples.read(source, name=name, device=reference.device)
+    batch = examples.select(torch.arange(min(len(examples), 2)))
+    if batch.targets is None:
+        raise DataError("they have no targets", where=name, advice="Give (inputs, targets).")
+    names = reference.parameter_names
+    space = ParameterSpace.of({name: reference.tensors[name] for name in names})
+    ExampleGradients(reference, space, loss)._targets(batch, name)
+    return examples
 
 
 def metric_of(loss: Loss, metric: Metric | None) -> Metric:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any, Literal, get_args
 
@@ -40,11 +41,17 @@ from pushforward.function_space.curvature import (
     SolveMethod,
     Solver,
 )
-from pushforward.function_space.example_gradients import ExampleGradients, Loss, metric_of
+from pushforward.function_space.example_gradients import (
+    ExampleGradients,
+    Loss,
+    metric_of,
+    open_examples,
+)
 from pushforward.function_space.metrics import Metric
+from pushforward.function_space.network import ReferenceNetwork
 from pushforward.networks.data import Examples
 from pushforward.runs.estimate import Check, Cost, Status, to_jsonable, worst_status
-from pushforward.runs.progress import track
+from pushforward.runs.progress import Advance, track
 
 __all__ = [
     "InfluenceScores",
@@ -139,7 +146,7 @@ class InfluenceScores:
         """
         return to_jsonable(self)
 
-    def plot(self, query: int = 0, k: int = 10) -> Any:
+    def plot(self, query: int = 0, k: int = 10, *, output: int | None = None) -> Any:
         """The most helpful and the most harmful examples of a query as bars.
 
         Parameters
@@ -148,6 +155,8 @@ class InfluenceScores:
             Its number.
         k
             How many of each kind.
+        output
+            Which output, for ``effect="outputs"``; its largest rises and falls are shown.
 
         Returns
         -------
@@ -156,7 +165,7 @@ class InfluenceScores:
         """
         from pushforward.function_space.influence_plots import plot_influence
 
-        return plot_influence(self, query, k)
+        return plot_influence(self, query, k, output)
 
     def __repr__(self) -> str:
         lines = [
@@ -351,6 +360,9 @@ def influence(
         raise OptionError(
             f"unknown effect {effect!r}", where="effect", advice="Choose loss or outputs."
         )
+    # Data that do not fit the loss are refused before a curvature that says nothing of them is.
+    queries = _opened(measure, queries, loss, metric, "queries")
+    examples = _opened(measure, examples, loss, metric, "examples")
     curvature = _curvature_of(measure, loss, metric, subset, estimator)
     gradients = ExampleGradients(curvature.reference, curvature.space, loss)
     asked, removed = gradients.open(queries, "queries"), gradients.open(examples, "examples")
@@ -374,7 +386,7 @@ def influence(
         total,
         _described(solver, loss),
         Cost(0.0, perf_counter() - begun, len(asked) + len(removed)),
-        (_system_check(solver, residual, steps), _share_check(curvature, solver)),
+        _checks(solver, residual, steps),
     )
 
 
@@ -416,6 +428,7 @@ def self_influence(
         If a score comes out negative, which only a measure's own solve can do.
     """
     begun = perf_counter()
+    examples = _opened(measure, examples, loss, metric, "examples")
     curvature = _curvature_of(measure, loss, metric, subset, estimator)
     gradients = ExampleGradients(curvature.reference, curvature.space, loss)
     opened = gradients.open(examples, "examples")
@@ -424,9 +437,10 @@ def self_influence(
     residual, steps = 0.0, 0
     scores, losses, lengths = [], [], []
     size = gradients.batch_size(batch_size)
+    solver.prepare(progress)
     with track(len(opened), "Self-influence", enabled=progress) as advance:
         for batch, values, rows in gradients.batches(opened, size):
-            solution = solver.solve(rows.T.to(curvature.dtype))
+            solution = solver.solve(rows.T.to(curvature.dtype), partial(_note, advance))
             residual, steps = _worse(residual, solution.residual), steps + solution.steps
             scores.append((rows * solution.vectors.T).sum(1).double())
             losses.append(values)
@@ -448,7 +462,7 @@ def self_influence(
         total,
         _described(solver, loss),
         Cost(0.0, perf_counter() - begun, len(opened)),
-        (_system_check(solver, residual, steps), _share_check(curvature, solver)),
+        _checks(solver, residual, steps),
     )
 
 
@@ -478,14 +492,19 @@ def _products(
     """Bilinear forms in the inverse, ``(solved, streamed)``, with the worst residual and steps."""
     most = max(1, _SOLVED_BYTES // (8 * solver.curvature.space.size))
     residual, steps, blocks = 0.0, 0, []
+    solver.prepare(progress)
     with track(len(solved), "Influence", enabled=progress) as advance:
         for rows in _gathered(solved, most):
-            solution = solver.solve(rows.T.to(solver.curvature.dtype))
+            solution = solver.solve(rows.T.to(solver.curvature.dtype), partial(_note, advance))
             residual, steps = _worse(residual, solution.residual), steps + solution.steps
             answers = solution.vectors.T.double()
             blocks.append(torch.cat([answers @ other.T for other in streamed], 1))
             advance(len(rows))
     return torch.cat(blocks), residual, steps
+
+
+def _note(advance: Advance, products: int) -> None:
+    advance(0, f"{products} products")
 
 
 def _gathered(rows: Iterable[Tensor], most: int) -> Iterator[Tensor]:
@@ -507,6 +526,21 @@ def _gathered(rows: Iterable[Tensor], most: int) -> Iterator[Tensor]:
             count += len(part)
     if held:
         yield torch.cat(held)
+
+
+def _opened(
+    measure: DistanceMeasure | GaussNewton,
+    source: Any,
+    loss: Loss,
+    metric: Metric | None,
+    name: str,
+) -> Any:
+    reference = getattr(measure, "reference", None)
+    if not isinstance(reference, ReferenceNetwork):
+        return source  # no measure: refused as such, next
+    if not isinstance(measure, GaussNewton):
+        metric_of(loss, metric)  # refuses an unknown loss
+    return open_examples(reference, source, loss, name)
 
 
 def _curvature_of(
@@ -600,6 +634,17 @@ def _described(solver: Solver, loss: Loss) -> str:
         f"{type(solver.curvature.measure).__name__} ({solver.curvature.metric}, damping "
         f"{solver.damping:g}), {ways[solver.method]}"
     )
+
+
+def _checks(solver: Solver, residual: float, steps: int) -> tuple[Check, ...]:
+    curvature = solver.curvature
+    found = (_system_check(solver, residual, steps), _share_check(curvature, solver))
+    # A summary knows how far its estimates are off; a baseline does not.
+    calibration = getattr(curvature.measure, "calibration_check", None)
+    if calibration is None:
+        return found
+    estimator = curvature.options.get("estimator")
+    return (*found, calibration(metric=curvature.metric, estimator=estimator))
 
 
 def _system_check(solver: Solver, residual: float, steps: int) -> Check:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from pushforward.errors import OptionError
 from pushforward.runs.pictures import import_pyplot
@@ -18,17 +19,19 @@ __all__ = ["plot_influence", "plot_self_influence", "plot_wrong_labels"]
 _HELPFUL, _HARMFUL = "#1f3a5f", "#d9730d"
 
 
-def plot_influence(found: InfluenceScores, query: int, k: int) -> Any:
+def plot_influence(found: InfluenceScores, query: int, k: int, output: int | None = None) -> Any:
     """Bars of the most helpful and the most harmful examples of one query.
 
     Parameters
     ----------
     found
-        Scores of losses ``(Q, M)``.
+        Scores of losses ``(Q, M)`` or of outputs ``(Q, K, M)``.
     query
         Which row.
     k
         How many of each kind.
+    output
+        Which output, for scores of outputs.
 
     Returns
     -------
@@ -38,15 +41,12 @@ def plot_influence(found: InfluenceScores, query: int, k: int) -> Any:
     Raises
     ------
     OptionError
-        For a query that there is not, or scores of outputs.
+        For a query, output or number of bars that there is not, scores of outputs without a
+        choice of one, or a choice of an output for scores of losses.
     """
-    if found.scores.dim() != 2 or not 0 <= query < len(found.scores):
-        raise OptionError(
-            f"query {query!r} of scores {tuple(found.scores.shape)}",
-            where="query",
-            advice="Plot one row of scores with effect='loss'.",
-        )
-    row = found.scores[query].detach().cpu()
+    row = _row(found, query, output).detach().cpu()
+    if k < 1:
+        raise OptionError(f"{k!r} of each kind", where="k", advice="Give a positive number.")
     order = row.argsort(descending=True)
     shown = torch.cat([order[:k], order[max(k, len(row) - k) :]])
     pyplot = import_pyplot()
@@ -59,9 +59,37 @@ def plot_influence(found: InfluenceScores, query: int, k: int) -> Any:
     axes.invert_yaxis()
     axes.axvline(0, color="0.5", linewidth=0.8)
     axes.set_ylabel("example")
-    axes.set_xlabel(f"change of the loss on removing it, one of {found.num_examples:,}")
+    changed = "the loss" if output is None else f"output {output}"
+    axes.set_xlabel(f"change of {changed} on removing it, one of {found.num_examples:,}")
     axes.set_title(f"query {query}", loc="left")
     return figure
+
+
+def _row(found: InfluenceScores, query: int, output: int | None) -> Tensor:
+    scores = found.scores
+    if not 0 <= query < len(scores):
+        raise OptionError(
+            f"query {query!r} of {len(scores)}",
+            where="query",
+            advice=f"Choose 0 to {len(scores) - 1}.",
+        )
+    if scores.dim() == 2:
+        if output is None:
+            return scores[query]
+        raise OptionError(
+            f"output {output!r} of scores of the loss",
+            where="output",
+            advice='Leave output away, or ask influence for effect="outputs".',
+        )
+    count = scores.shape[1]
+    if output is None or not 0 <= output < count:
+        raise OptionError(
+            f"the scores are of {count} outputs, and "
+            + ("none is chosen" if output is None else f"{output!r} is none of them"),
+            where="output",
+            advice=f"Choose one: plot(query, output=...) with 0 to {count - 1}.",
+        )
+    return scores[query, output]
 
 
 def plot_self_influence(found: SelfInfluence) -> Any:

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from pushforward.errors import OptionError
+from pushforward.errors import OptionError, ShapeError
 
-__all__ = ["Metric", "check_metric", "discrepancy", "output_curvature"]
+__all__ = ["Metric", "check_metric", "check_probabilities", "discrepancy", "output_curvature"]
 
 Metric: TypeAlias = Literal["euclidean", "softmax", "kl", "fisher"]
 
@@ -29,6 +29,23 @@ def check_metric(metric: str) -> None:
             f"unknown metric {metric!r}",
             where="metric",
             advice=f"Choose one of {', '.join(get_args(Metric))}.",
+        )
+
+
+def check_probabilities(count: int, metric: str) -> None:
+    """Refuse probabilities of a single output: they are always 1, and every distance would be 0.
+
+    Raises
+    ------
+    ShapeError
+        When there are fewer than two outputs, unless the metric is euclidean.
+    """
+    if metric != "euclidean" and count < 2:
+        raise ShapeError(
+            f"the metric {metric!r} compares probabilities of several outputs, and there is "
+            f"{count or 'none'}",
+            where="metric",
+            advice='Use "euclidean"; a single logit becomes two with a second one that is 0.',
         )
 
 
@@ -56,10 +73,16 @@ def discrepancy(
     -------
     Tensor
         One number a row, 0 where the rows agree, differentiable in `new`.
+
+    Raises
+    ------
+    ShapeError
+        When a metric of probabilities gets a single output.
     """
     check_metric(metric)
     if metric == "euclidean":
         return (new - old).square().sum(-1) / 2
+    check_probabilities(old.shape[-1], metric)
     if metric == "softmax":
         return (new.softmax(-1) - old.softmax(-1)).square().sum(-1) / 2
     if metric == "fisher":

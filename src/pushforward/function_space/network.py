@@ -143,6 +143,15 @@ class ReferenceNetwork:
         WeightsError
             When names or shapes are not those of the reference, or entries are not finite.
         """
+        if not isinstance(other, nn.Module | Mapping) or any(
+            not isinstance(t, Tensor)
+            for t in (other.values() if isinstance(other, Mapping) else ())
+        ):
+            raise WeightsError(
+                f"got {type(other).__name__}",
+                where="other",
+                advice="Give a network of the same architecture, or its tensors by name.",
+            )
         if isinstance(other, nn.Module):
             given: dict[str, Tensor] = {
                 **dict(other.named_parameters()),
@@ -150,7 +159,7 @@ class ReferenceNetwork:
             }
         else:
             buffers = {n: t for n, t in self.tensors.items() if n not in self.parameter_names}
-            given = {**buffers, **other}
+            given = {**buffers, **self._without_aliases(other)}
         missing = [name for name in self.tensors if name not in given]
         unknown = [name for name in given if name not in self.tensors]
         if missing or unknown:
@@ -172,6 +181,18 @@ class ReferenceNetwork:
                 )
         _require_finite(given, "other")
         return {name: given[name].to(self.device) for name in self.tensors}
+
+    def _without_aliases(self, other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Without the second names that a state dict has for tied weights, where they agree."""
+        names = self.module.state_dict(keep_vars=True)
+        first = {id(t): name for name, t in names.items() if name in self.tensors}
+        kept = {}
+        for name, tensor in other.items():
+            own = names.get(name)
+            known = None if own is None or name in self.tensors else first.get(id(own))
+            if known is None or known not in other or not torch.equal(other[known], tensor):
+                kept[name] = tensor
+        return kept
 
     def graph_of(self, tensors: Params) -> NetworkGraph:
         """The same chain at other weights; differentiable in them.
@@ -206,8 +227,26 @@ class ReferenceNetwork:
         Tensor
             ``(B, K)``, differentiable in the weights.
         """
-        rows: Tensor = self._function(tensors, inputs)
+        # Mixed precision would compare numbers of two precisions and call rounding a distance.
+        with torch.autocast(device_type=self.device.type, enabled=False):
+            rows: Tensor = self._function(tensors, inputs)
         return rows.flatten(1)
+
+    def output_shape(self, inputs: Inputs) -> tuple[int, ...]:
+        """Shape of the outputs of one example.
+
+        Parameters
+        ----------
+        inputs
+            A batch.
+
+        Returns
+        -------
+        tuple of int
+            ``(K,)``, or several axes, which `outputs` joins into one.
+        """
+        with torch.no_grad():
+            return tuple(self._function(self.tensors, inputs).shape[1:])
 
     def unchanged(self, tensors: Params) -> bool:
         """Whether every entry is that of the reference, bit for bit."""
@@ -261,7 +300,10 @@ def select_outputs(count: int, outputs: Any) -> Tensor | None:
     if isinstance(outputs, slice):
         chosen = everything[outputs]
     else:
-        chosen = torch.as_tensor(list(outputs) if isinstance(outputs, range) else outputs)
+        try:
+            chosen = torch.as_tensor(list(outputs) if isinstance(outputs, range) else outputs)
+        except (TypeError, ValueError, RuntimeError):
+            chosen = torch.empty(0)
         if chosen.dtype == torch.bool and chosen.shape == (count,):
             chosen = everything[chosen.cpu()]
     chosen = chosen.cpu()

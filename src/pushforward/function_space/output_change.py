@@ -15,6 +15,7 @@ from pushforward.runs.rng import stream
 
 __all__ = ["OutputAnchor", "mean_discrepancy"]
 
+_NEGLIGIBLE = 1e-6  # of the largest eigenvalue: probabilities sum to one, so that one is 0
 _RIDGE = 1e-7  # of the largest variance: rounding may leave a covariance a little indefinite
 
 
@@ -91,15 +92,22 @@ class OutputAnchor:
         Means ``(c, K)`` of outputs on drawn inputs, and over the data.
     stretch
         ``(c, K, K)``: from the spread of the first to that of the second.
+    curvature
+        ``T``, ``(c, K, K)``: with ``S`` the curvature of the divergence, ``T E[S] T`` is its mean
+        over the data, the expectation being over the outputs that are drawn and anchored.
     """
 
     drawn: Tensor
     kept: Tensor
     stretch: Tensor
+    curvature: Tensor
 
     @classmethod
     def of(
-        cls, rows: Float[Tensor, "n K"], component: Int64[Tensor, " n"], moments: Moments
+        cls,
+        rows: Float[Tensor, "n K"],
+        component: Int64[Tensor, " n"],
+        outputs: OutputStatistics,
     ) -> OutputAnchor:
         """Compare outputs on drawn inputs with those over the data.
 
@@ -109,26 +117,33 @@ class OutputAnchor:
             Outputs of the reference on many drawn inputs, more of each component than outputs.
         component
             Which each is from.
-        moments
-            Of the outputs over the data, ``(c, K)`` and ``(c, K, K)``.
+        outputs
+            Of the outputs over the data.
 
         Returns
         -------
         OutputAnchor
             Without gradient.
         """
-        means, stretches = [], []
+        means, stretches, curvatures = [], [], []
         with torch.no_grad():
-            for number, covariance in enumerate(moments.covariance):
+            for number, covariance in enumerate(outputs.moments.covariance):
                 part = rows[component == number]
                 means.append(part.mean(0))
                 centred = part - means[-1]
                 own = _factor((centred.mT @ centred / len(part)).unsqueeze(0))[0]
                 wanted = _factor(covariance.unsqueeze(0))[0]
-                stretches.append(
-                    torch.linalg.solve_triangular(own, wanted, upper=False, left=False)
-                )
-        return cls(torch.stack(means), moments.mean, torch.stack(stretches))
+                stretch = torch.linalg.solve_triangular(own, wanted, upper=False, left=False)
+                stretches.append(stretch)
+                anchored = outputs.moments.mean[number] + centred @ stretch.mT
+                mean_curvature = output_curvature(anchored, "fisher").mean(0)
+                curvatures.append(_transport(mean_curvature, outputs.fisher[number]))
+        return cls(
+            torch.stack(means),
+            outputs.moments.mean,
+            torch.stack(stretches),
+            torch.stack(curvatures),
+        )
 
     def apply(
         self, rows: Float[Tensor, "n K"], component: Int64[Tensor, " n"]
@@ -151,6 +166,19 @@ class OutputAnchor:
         return self.kept[component] + (self.stretch[component] @ centred).squeeze(-1)
 
 
+def _transport(source: Float[Tensor, "K K"], target: Float[Tensor, "K K"]) -> Tensor:
+    """The symmetric ``T`` with ``T source T = target``, the nearest to the identity."""
+    root, inverse = _root(source), _root(source, power=-0.5)
+    return inverse @ _root(root @ target @ root) @ inverse
+
+
+def _root(matrix: Float[Tensor, "K K"], power: float = 0.5) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = values > _NEGLIGIBLE * values[-1].clamp(min=1e-300)
+    powers = torch.where(kept, torch.where(kept, values, 1.0) ** power, 0.0)
+    return (vectors * powers) @ vectors.mT
+
+
 def _changes(
     rows: Float[Tensor, "c s k"], change: Change, closure: Moments, generator: torch.Generator
 ) -> Float[Tensor, "c s k"]:
@@ -160,7 +188,8 @@ def _changes(
     rest = change.covariance - change.cross.mT @ by
     explained = (rows - closure.mean.unsqueeze(1)) @ by
     noise = _normals(rows.shape, generator).to(rows)
-    return change.mean.unsqueeze(1) + explained + noise @ _factor(rest).mT
+    size = change.covariance.diagonal(dim1=-2, dim2=-1).amax(-1)  # of what rounding is relative to
+    return change.mean.unsqueeze(1) + explained + noise @ _factor(rest, size).mT
 
 
 def _gaussian_rows(
@@ -179,11 +208,13 @@ def _normals(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return torch.cat([draws, -draws], dim=1)[:, : shape[1]]
 
 
-def _factor(covariance: Tensor) -> Tensor:
+def _factor(covariance: Tensor, size: Tensor | None = None) -> Tensor:
     """A matrix ``L`` with ``L L^T`` the covariance; scaled, so that a tiny one works too."""
-    size = covariance.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=1e-300)[:, None, None]
-    lower = torch.linalg.cholesky(_with_ridge(covariance / size))
-    return lower * size.sqrt()
+    if size is None:
+        size = covariance.diagonal(dim1=-2, dim2=-1).amax(-1)
+    scale = size.detach().clamp(min=1e-300)[:, None, None]
+    eye = torch.eye(covariance.shape[-1]).to(covariance)
+    return torch.linalg.cholesky(covariance / scale + _RIDGE * eye) * scale.sqrt()
 
 
 def _with_ridge(covariance: Tensor) -> Tensor:

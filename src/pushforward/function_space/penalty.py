@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
+from numbers import Integral, Real
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -17,7 +18,7 @@ from pushforward.function_space.metrics import Metric, check_metric
 from pushforward.function_space.network import ReferenceNetwork
 from pushforward.runs.rng import derived_seed, stream
 
-__all__ = ["DistanceMeasure", "FunctionSpacePenalty", "Outputs", "PastTask"]
+__all__ = ["DistanceMeasure", "FunctionSpacePenalty", "Outputs", "PastTask", "is_whole"]
 
 Outputs: TypeAlias = slice | Sequence[int] | Tensor | None
 """Which outputs count: None for all, or a slice, numbers, a boolean mask."""
@@ -106,13 +107,13 @@ class FunctionSpacePenalty(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if not (math.isfinite(scale) and scale >= 0):
+        if not (_is_finite(scale) and scale >= 0):
             raise OptionError(f"{scale!r}", where="scale", advice="Give a finite number from 0.")
-        if tasks_per_step is not None and tasks_per_step < 1:
+        if tasks_per_step is not None and not (is_whole(tasks_per_step) and tasks_per_step >= 1):
             raise OptionError(
                 f"{tasks_per_step!r}",
                 where="tasks_per_step",
-                advice="Give a positive number, or None for all tasks.",
+                advice="Give a positive whole number, or None for all tasks.",
             )
         if metric is not None:
             check_metric(metric)
@@ -173,7 +174,7 @@ class FunctionSpacePenalty(nn.Module):
                 advice="Pass the result of pushforward.summarize, or a baseline; after training, "
                 "not the network itself.",
             )
-        if not (math.isfinite(weight) and weight > 0):
+        if not (_is_finite(weight) and weight > 0):
             raise OptionError(f"{weight!r}", where="weight", advice="Give a positive number.")
         self._require_same_architecture(measure.reference)
         self._require_options(measure)
@@ -290,6 +291,15 @@ class FunctionSpacePenalty(nn.Module):
         }
         shown = ", ".join(f"{n}={v!r}" for n, v in options.items() if v is not None)
         return f"{shown}; {len(self)} past tasks"
+
+
+def is_whole(value: object) -> bool:
+    """Whether an option is an integer, of Python or of NumPy; truth values are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def _unwrapped(net: nn.Module) -> nn.Module:

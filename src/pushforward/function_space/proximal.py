@@ -24,9 +24,15 @@ from torch import Tensor
 
 from pushforward.errors import OptionError, ShapeError
 from pushforward.function_space.curvature import DistanceMeasure, GaussNewton, Solver
-from pushforward.function_space.example_gradients import ExampleGradients, Loss, metric_of
+from pushforward.function_space.example_gradients import (
+    ExampleGradients,
+    Loss,
+    metric_of,
+    open_examples,
+)
 from pushforward.function_space.influence import training_size
 from pushforward.function_space.metrics import Metric
+from pushforward.function_space.network import ReferenceNetwork
 from pushforward.networks.data import Batch, Examples
 from pushforward.runs.estimate import Check, Cost, Status, to_jsonable, worst_status
 from pushforward.typing import Params
@@ -189,6 +195,11 @@ def proximal_response(
             where="removal",
             advice="Choose linearised or loss.",
         )
+    # An example that does not fit the loss is refused before a curvature that says nothing of it.
+    reference = getattr(measure, "reference", None)
+    if isinstance(reference, ReferenceNetwork):
+        metric_of(loss, metric)
+        example = _single(reference, loss, example)
     if solver is None:
         local = GaussNewton.of(measure, metric=metric_of(loss, metric), estimator=estimator)
         solver = local.solver(damping)
@@ -202,11 +213,10 @@ def proximal_response(
         metric = "kl"
     curvature = solver.curvature
     gradients = ExampleGradients(curvature.reference, curvature.space, loss)
-    batch = _single(gradients, example)
     search = _Search(
         solver,
         gradients,
-        batch,
+        gradients.open(example, "example").select(torch.tensor([0])),
         metric or curvature.metric,
         removal,
         training_size(measure, num_examples),
@@ -331,8 +341,8 @@ class _Search:
         return torch.linalg.solve_triangular(factor.T, whitened.unsqueeze(1), upper=True)[:, 0]
 
 
-def _single(gradients: ExampleGradients, example: Any) -> Batch:
-    shape = gradients.reference.event_shape
+def _single(reference: ReferenceNetwork, loss: Loss, example: Any) -> Examples:
+    shape = reference.event_shape
     if not isinstance(example, tuple | list) or len(example) != 2:
         raise ShapeError(
             f"got {type(example).__name__}",
@@ -342,14 +352,14 @@ def _single(gradients: ExampleGradients, example: Any) -> Batch:
     inputs, target = example[0], torch.as_tensor(example[1])
     if isinstance(inputs, Tensor) and tuple(inputs.shape) == shape:
         inputs, target = inputs.unsqueeze(0), target.unsqueeze(0)
-    opened: Examples = gradients.open((inputs, target), "example")
+    opened = open_examples(reference, (inputs, target), loss, "example")
     if len(opened) != 1:
         raise ShapeError(
             f"{len(opened)} examples",
             where="example",
             advice="Give one; loop over several and pass the same solver=.",
         )
-    return opened.select(torch.tensor([0]))
+    return opened
 
 
 def _arrival(found: _Found) -> Check:

@@ -7,7 +7,7 @@ batches, shards and processes all come to the same result up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from pushforward.function_space.chain import Moments
-from pushforward.function_space.metrics import output_curvature
 from pushforward.gaussians.activations import Activation
 from pushforward.networks.graph import NetworkGraph
 
@@ -250,13 +249,32 @@ def batch_statistics(
         )
         for slopes, values in stages
     )
-    width = outputs.shape[1]
-    curvatures = [
-        (average @ output_curvature(outputs, metric).flatten(1)).unflatten(1, (width, width))
-        for metric in ("fisher", "softmax")
-    ]
+    probabilities = outputs.softmax(1)
+    fisher, softmax = _mean_curvatures([probabilities[i] for i in groups])
     inputs = None if rows is None else moments(rows, full=full)
-    return Statistics(counts, inputs, kept, OutputStatistics(moments(outputs), *curvatures))
+    return Statistics(counts, inputs, kept, OutputStatistics(moments(outputs), fisher, softmax))
+
+
+def _mean_curvatures(
+    groups: Sequence[Float[Tensor, "_ K"]],
+) -> tuple[Float[Tensor, "c K K"], Float[Tensor, "c K K"]]:
+    """Means of ``S = diag p - p p^T`` and of ``S^2``, as products of matrices of all rows.
+
+    ``S^2 = diag p^2 - p (p^2)^T - (p^2) p^T + |p|^2 p p^T``: no matrix for each example is formed.
+
+    Returns
+    -------
+    tuple of Tensor
+        ``(c, K, K)`` each.
+    """
+    fisher, softmax = [], []
+    for p in groups:
+        count, square = max(len(p), 1), p.square()
+        fisher.append(torch.diag(p.sum(0)) / count - p.mT @ p / count)
+        crossed = p.mT @ square / count
+        inner = (p * square.sum(1, keepdim=True)).mT @ p / count
+        softmax.append(torch.diag(square.sum(0)) / count - crossed - crossed.mT + inner)
+    return torch.stack(fisher), torch.stack(softmax)
 
 
 def walk(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -66,10 +67,12 @@ def save_summary(summary: FunctionSummary, path: str | os.PathLike[str]) -> None
         "architecture": summary.reference.architecture,
         "event_shape": list(summary.reference.event_shape),
         "input_moments": summary.input_moments,
+        "components": summary.components,
+        "output_shape": list(summary.output_shape),
         "num_stages": len(statistics.stages),
         "num_token_laws": len(summary.tokens),
-        "checksum": fingerprint(tensors),
     }
+    metadata["checksum"] = _checksum(tensors, metadata)
     save_tensors(path, tensors, metadata, schema=_SCHEMA, version=_VERSION)
 
 
@@ -100,8 +103,10 @@ def load_summary(path: str | os.PathLike[str], net: nn.Module) -> FunctionSummar
         checksum, architecture = metadata["checksum"], metadata["architecture"]
         event_shape = tuple(int(n) for n in metadata["event_shape"])
         weights = _under("weights.", tensors)
-        intact = fingerprint(tensors) == checksum
+        intact = _checksum(tensors, metadata) == checksum
         statistics = _Reader(tensors).statistics(int(metadata["num_stages"]))
+        components = metadata["components"]
+        output_shape = tuple(int(n) for n in metadata["output_shape"])
         kept, distances = metadata["input_moments"], tensors["probe_distances"].cpu()
         laws = tuple(
             TokenLaw.from_tensors(_under(f"tokens.{number}.", tensors))
@@ -124,15 +129,22 @@ def load_summary(path: str | os.PathLike[str], net: nn.Module) -> FunctionSummar
             where=where,
             advice="Build the network with the same modules and sizes as the one summarised.",
         )
-    own.module.load_state_dict(
-        {n: t for n, t in weights.items() if n in own.module.state_dict()}, strict=False
-    )
+    with torch.no_grad():
+        for name, tensor in own.tensors.items():  # buffers that are not persistent included
+            tensor.copy_(weights[name])
     reference = ReferenceNetwork.of(own.module, event_shape)
-    return FunctionSummary(reference, statistics, kept, distances, laws)
+    return FunctionSummary(reference, statistics, kept, distances, components, output_shape, laws)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _checksum(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
+    """Of all numbers and of what is said about them."""
+    told = {name: value for name, value in metadata.items() if name != "checksum"}
+    text = json.dumps(told, sort_keys=True).encode()
+    return fingerprint({**tensors, "metadata": torch.tensor(list(text), dtype=torch.uint8)})
 
 
 @dataclass(frozen=True)

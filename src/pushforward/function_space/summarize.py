@@ -9,14 +9,20 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from pushforward.errors import DataError, OptionError, ShapeError, UnsupportedLayerError
+from pushforward.errors import (
+    DataError,
+    NetworkError,
+    OptionError,
+    ShapeError,
+    UnsupportedLayerError,
+)
 from pushforward.function_space.chain import Moments
 from pushforward.function_space.components import cluster_inputs, label_components
 from pushforward.function_space.metrics import Metric, discrepancy
 from pushforward.function_space.network import ReferenceNetwork
 from pushforward.function_space.probes import NUM_PROBES, probe
 from pushforward.function_space.statistics import LowRankMoments, batch_statistics, walk
-from pushforward.function_space.summary import FunctionSummary, InputMoments
+from pushforward.function_space.summary import Components, FunctionSummary, InputMoments
 from pushforward.function_space.token_law import TokenLaw
 from pushforward.networks.batches import Inputs, Table
 from pushforward.networks.data import Examples
@@ -26,6 +32,7 @@ from pushforward.typing import Params
 __all__ = ["summarize"]
 
 _BATCH_SIZE = 1024
+_NO_TOKENS = (torch.bool, torch.uint8)
 _PAIRED = 4096  # units of a layer whose pairs are kept at most
 
 
@@ -34,6 +41,7 @@ def summarize(
     data: Any,
     *,
     classes: Literal["targets"] | Tensor | None = None,
+    num_classes: int | None = None,
     clusters: int | None = None,
     input_moments: InputMoments = "full",
     layer_moments: bool = False,
@@ -57,6 +65,8 @@ def summarize(
     classes
         Keep moments for each class apart: ``"targets"``, or a label for each example. The cost of
         an estimate grows with their number, and so does its accuracy.
+    num_classes
+        How many classes there are. Needed for a part of the data in which some do not occur.
     clusters
         Keep so many clusters of the inputs apart, found by k-means.
     input_moments
@@ -93,29 +103,57 @@ def summarize(
     UnsupportedLayerError
         When moments of the layers are asked of a network that is no chain of known ones.
     """
-    _check_options(classes, clusters, input_moments, batch_size)
+    _check_options(classes, num_classes, clusters, input_moments, batch_size)
     examples = Examples.read(data, name="data", targets=False)
+    with torch.inference_mode(False), torch.no_grad():
+        return _summarised(
+            net,
+            examples,
+            _components(examples, classes, num_classes, clusters, seed),
+            num_classes,
+            kind="classes" if classes is not None else "clusters" if clusters else "all",
+            input_moments=input_moments,
+            layer_moments=layer_moments,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+
+def _summarised(
+    net: nn.Module,
+    examples: Examples,
+    components: Int64[Tensor, " N"],
+    num_components: int | None,
+    *,
+    kind: Components,
+    input_moments: InputMoments,
+    layer_moments: bool,
+    batch_size: int,
+    progress: bool | None,
+) -> FunctionSummary:
     first = examples.select(torch.zeros(1, dtype=torch.long)).inputs
     numbers = isinstance(first, Tensor) and first.is_floating_point()
-    shape = tuple(first.shape[1:]) if isinstance(first, Tensor) else ()
-    reference = ReferenceNetwork.of(net, shape)
+    count = num_components or int(components.max()) + 1
+    law = _token_laws(first, count) if not numbers else ()
+    reference = ReferenceNetwork.of(
+        net, tuple(first.shape[1:]) if isinstance(first, Tensor) else ()
+    )
     if layer_moments:
         _check_widths(reference)  # refuses a network that cannot be read
     chain = numbers and _is_chain(reference)
-    components = _components(examples, classes, clusters, seed)
-    count = int(components.max()) + 1
+    output_shape = reference.output_shape(_moved(first, reference))
     probes = [probe(reference, number) for number in range(NUM_PROBES)]
-    parts: list[FunctionSummary] = []
-    with torch.no_grad(), track(len(examples), "Summarising", enabled=progress) as advance:
+    total: FunctionSummary | None = None
+    with track(len(examples), "Summarising", enabled=progress) as advance:
         for batch in examples.batches(batch_size):
-            own = components[batch.indices]
             inputs = _moved(batch.inputs, reference)
             rows = inputs.flatten(1).double() if isinstance(inputs, Tensor) and numbers else None
-            old = reference.outputs(reference.tensors, inputs)
+            old = reference.outputs(reference.tensors, inputs).double()
+            _require_finite_outputs(old)
             statistics = batch_statistics(
-                own.to(reference.device),
+                components[batch.indices].to(reference.device),
                 count,
-                old.double(),
+                old,
                 rows=rows,
                 stages=walk(reference.graph, rows) if chain and rows is not None else (),
                 full=input_moments != "diagonal",
@@ -126,16 +164,26 @@ def summarize(
                 statistics,
                 "diagonal" if input_moments == "diagonal" else "full",
                 _probed(reference, probes, inputs, old) / len(batch),
-                () if numbers else _token_laws(batch.inputs, own, count),
+                output_shape=output_shape,
+                tokens=_token_laws(batch.inputs, count) if law else (),
             )
-            parts = [parts[0] + part] if parts else [part]
+            total = part if total is None else total + part
             advance(len(batch))
-    total = parts[0]
+    assert total is not None
     moments = total.statistics.inputs
     if isinstance(input_moments, int) and isinstance(moments, Moments):
         low = replace(total.statistics, inputs=LowRankMoments.of(moments, input_moments))
         total = replace(total, statistics=low, input_moments=input_moments)
-    return total
+    return replace(total, components=kind)
+
+
+def _require_finite_outputs(rows: Float[Tensor, "B K"]) -> None:
+    if not bool(torch.isfinite(rows.square().sum())):
+        raise NetworkError(
+            "its outputs are not finite, or too large to be squared",
+            where="net",
+            advice="Look at the network and at the scale of its inputs.",
+        )
 
 
 def _is_chain(reference: ReferenceNetwork) -> bool:
@@ -155,62 +203,78 @@ def _moved(inputs: Inputs, reference: ReferenceNetwork) -> Inputs:
     return Table(inputs, None).map(move).inputs
 
 
-def _token_laws(
-    inputs: Inputs, components: Int64[Tensor, " B"], count: int
-) -> tuple[TokenLaw, ...]:
-    if count > 1:
-        raise OptionError(
-            "tokens are summarised in one component",
-            where="classes",
-            advice="Summarise each class of token sequences by itself.",
-        )
-    del components
+def _token_laws(inputs: Inputs, count: int) -> tuple[TokenLaw, ...]:
+    """Of one batch; refuses what are neither numbers nor sequences of tokens."""
     if isinstance(inputs, tuple):
         raise DataError(
             "the inputs are several tensors",
             where="data",
             advice="Give one tensor, or a mapping with input_ids and attention_mask.",
         )
-    return (TokenLaw.of(inputs, order="bigram"),)
+    if isinstance(inputs, Tensor) and (inputs.dim() != 2 or inputs.dtype in _NO_TOKENS):
+        raise DataError(
+            f"the inputs are {inputs.dtype} of shape {tuple(inputs.shape)}: neither floating point "
+            "nor sequences of tokens (N, T)",
+            where="data",
+            advice="Convert images and features to floating point, as the network takes them.",
+        )
+    law = TokenLaw.of(inputs, order="bigram")
+    if count > 1:
+        raise OptionError(
+            "tokens are summarised in one component",
+            where="classes",
+            advice="Summarise each class of token sequences by itself.",
+        )
+    return (law,)
 
 
 def _probed(
     reference: ReferenceNetwork, probes: list[Params], inputs: Inputs, old: Float[Tensor, "B K"]
 ) -> Float[Tensor, "probes metrics"]:
-    """Summed discrepancies of perturbed weights over a batch."""
+    """Summed discrepancies of perturbed weights over a batch; 0 where a metric does not apply."""
     rows = []
     for weights in probes:
         new = reference.outputs(weights, inputs).double()
-        sums = [discrepancy(old.double(), new, m).sum() for m in get_args(Metric)]
-        rows.append(torch.stack(sums))
+        known = [m for m in get_args(Metric) if m == "euclidean" or old.shape[1] > 1]
+        sums = {m: discrepancy(old, new, m).sum() for m in known}
+        rows.append(torch.stack([sums.get(m, old.new_zeros(())) for m in get_args(Metric)]))
     return torch.stack(rows).cpu()
 
 
 def _components(
-    examples: Examples, classes: Any, clusters: int | None, seed: int
+    examples: Examples, classes: Any, num_classes: int | None, clusters: int | None, seed: int
 ) -> Int64[Tensor, " N"]:
     if classes is not None:
-        return label_components(examples, classes)
+        return label_components(examples, classes, num_classes)
     if clusters is not None:
         return cluster_inputs(examples, clusters, seed)
     return torch.zeros(len(examples), dtype=torch.long)
 
 
-def _check_options(classes: Any, clusters: int | None, input_moments: Any, batch_size: int) -> None:
+def _check_options(
+    classes: Any, num_classes: Any, clusters: Any, input_moments: Any, batch_size: Any
+) -> None:
     if classes is not None and clusters is not None:
         raise OptionError(
             "both classes and clusters are given",
             where="clusters",
             advice="Choose one: components are either.",
         )
+    for name, number in (("num_classes", num_classes), ("clusters", clusters)):
+        if number is not None and (not isinstance(number, int) or number < 1):
+            raise OptionError(f"{number!r}", where=name, advice="Give a positive whole number.")
+    if num_classes is not None and classes is None:
+        raise OptionError(
+            "num_classes without classes", where="num_classes", advice='Add classes="targets".'
+        )
     rank = isinstance(input_moments, int) and not isinstance(input_moments, bool)
-    if not (input_moments in {"full", "diagonal"} or (rank and input_moments > 0)):
+    if input_moments not in ("full", "diagonal") and not (rank and input_moments > 0):
         raise OptionError(
             f"{input_moments!r}",
             where="input_moments",
             advice='Choose "full", "diagonal" or a positive rank.',
         )
-    if batch_size < 1:
+    if not isinstance(batch_size, int) or batch_size < 1:
         raise OptionError(
             f"{batch_size!r} examples", where="batch_size", advice="Give a positive number."
         )

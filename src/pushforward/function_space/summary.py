@@ -24,8 +24,9 @@ from pushforward.function_space.token_law import TokenLaw
 from pushforward.runs.estimate import Check, Cost, Estimate
 from pushforward.runs.plan import format_bytes
 
-__all__ = ["FunctionSummary", "InputMoments"]
+__all__ = ["Components", "FunctionSummary", "InputMoments"]
 
+Components: TypeAlias = Literal["all", "classes", "clusters"]
 InputMoments: TypeAlias = Literal["full", "diagonal"] | int
 _NUM_SAMPLES = 2048
 _LOUD = 0.5  # rms log ratio, beyond which a number is off by half of itself
@@ -48,6 +49,10 @@ class FunctionSummary:
     probe_distances
         True mean discrepancy of the weights of `pushforward.function_space.probes.probe`,
         ``(probes, metrics)``: from them `estimate` takes its error.
+    components
+        What the components are: ``"all"`` data in one, ``"classes"`` or ``"clusters"``.
+    output_shape
+        Shape of the outputs of one example.
     tokens
         For inputs that are whole numbers their law in each component, which has the place of
         moments.
@@ -65,6 +70,8 @@ class FunctionSummary:
     statistics: Statistics
     input_moments: InputMoments
     probe_distances: Tensor
+    components: Components = "all"
+    output_shape: tuple[int, ...] = ()
     tokens: tuple[TokenLaw, ...] = ()
 
     # --- what it is ------------------------------------------------------------------------------
@@ -128,10 +135,12 @@ class FunctionSummary:
         parts = self.num_components
         of = f" in {parts} components" if parts > 1 else ""
         numbers = ", ".join(f"{name} {size:,}" for name, size in self.sizes.items())
+        # Chains of tokens that hardly branch are the sequences they were counted on.
+        kept = "counts of neighbouring tokens are" if self.tokens else "no example is"
         return (
             f"FunctionSummary of {net} over {self.num_examples:,} examples{of}\n"
             f"  numbers: {numbers}\n"
-            f"  {format_bytes(self.num_bytes)} besides the weights; no example is kept"
+            f"  {format_bytes(self.num_bytes)} besides the weights; {kept} kept"
         )
 
     def plot(self, metric: Metric = "euclidean", estimator: Estimator | None = None) -> Any:
@@ -167,13 +176,19 @@ class FunctionSummary:
                 where="summary + summary",
                 advice="Summarise every part of the data with the same weights.",
             )
-        for name in ("num_components", "input_moments", "layer_moments"):
+        if self.components == "clusters" or other.components == "clusters":
+            raise OptionError(
+                "clusters of one part of the data are not those of another",
+                where="summary + summary",
+                advice="Use classes, or one component.",
+            )
+        for name in ("components", "num_components", "input_moments", "layer_moments"):
             if getattr(self, name) != getattr(other, name):
                 raise OptionError(
                     f"{name} is {getattr(self, name)!r} in one and {getattr(other, name)!r} in the "
                     "other",
                     where="summary + summary",
-                    advice="Summarise every part in the same way, with the same classes.",
+                    advice="Summarise every part in the same way, with the same num_classes.",
                 )
         share = other.num_examples / (self.num_examples + other.num_examples)
         return replace(
@@ -327,7 +342,7 @@ class FunctionSummary:
                 seed=seed,
             )
         value = (self.weights * values).sum()
-        drawn = (self.weights * spread).square().sum().sqrt()
+        drawn = (self.weights * spread.to(values.device)).square().sum().sqrt()
         ratios = self.calibration(metric=metric, estimator=chosen)
         relative = float(ratios.square().mean().sqrt()) if len(ratios) else 0.0
         error = (drawn.square() + (relative * value).square()).sqrt()
@@ -336,8 +351,27 @@ class FunctionSummary:
             error,
             Cost(0.0, perf_counter() - start),
             f"the {chosen} estimator of the {metric} distance",
-            (_calibration_check(relative, ratios, _advice(metric, chosen, self.num_components)),),
+            (self.calibration_check(metric=metric, estimator=chosen),),
         )
+
+    def calibration_check(
+        self, *, metric: Metric = "euclidean", estimator: Estimator | None = None
+    ) -> Check:
+        """How well an estimator does on weights for which the truth was kept, with advice.
+
+        Parameters
+        ----------
+        metric, estimator
+            As in `distance`; all outputs count.
+
+        Returns
+        -------
+        Check
+            Named ``calibrated``.
+        """
+        chosen = estimator or DEFAULT
+        ratios = self.calibration(metric=metric, estimator=chosen)
+        return _calibration_check(ratios, _advice(metric, chosen, self.num_components))
 
     def calibration(
         self, *, metric: Metric = "euclidean", estimator: Estimator | None = None
@@ -372,7 +406,7 @@ class FunctionSummary:
 
     @cached_property
     def _estimators(self) -> Estimators:
-        return Estimators(self.reference, self.statistics, self.tokens)
+        return Estimators(self.reference, self.statistics, self.tokens, self.output_shape)
 
     @cached_property
     def _calibrations(self) -> dict[tuple[str, str], Tensor]:
@@ -384,7 +418,8 @@ class FunctionSummary:
         return kinds[0] if kinds else self.reference.dtype
 
 
-def _calibration_check(relative: float, ratios: Tensor, advice: str) -> Check:
+def _calibration_check(ratios: Tensor, advice: str) -> Check:
+    relative = float(ratios.square().mean().sqrt()) if len(ratios) else 0.0
     seen = f"rms log(estimate / truth) {relative:.3f} on {len(ratios)} of {NUM_PROBES} probes"
     if len(ratios) == 0:
         return Check("calibrated", "warn", "no probe moved the outputs", "Measure on some data.")

@@ -126,7 +126,8 @@ class SyntheticInputs:
         -------
         Tensor
             ``(c,)``, from the spread within each component, of pairs where samples are antithetic.
-            Where tokens are stratified they are too large rather than too small.
+            Where tokens are stratified, or antithetic draws have exact second moments, they are too
+            large rather than too small.
         """
         values, component = rows.detach().to("cpu", torch.float64), self.component.cpu()
         if self.antithetic:
@@ -410,6 +411,9 @@ def draw_gaussian(
     for c, count in enumerate(counts.tolist()):
         half = count // 2 if antithetic else count
         noise = torch.randn(half, factor.shape[-1], generator=generator, dtype=torch.float64)
+        if antithetic and half >= factor.shape[-1]:
+            # Columns of equal length at right angles: the covariance of the draws is exact.
+            noise = torch.linalg.qr(noise).Q * half**0.5
         if antithetic:
             noise = torch.stack([noise, -noise], 1).flatten(0, 1)
         own = factor[c].cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,6 +59,8 @@ class OpenTask:
         Numbers of its outputs; None for all.
     places
         Place among them of each output of the network, -1 for others.
+    shape
+        Of what the network says about one example, before outputs are chosen.
     identity
         What tells the task from others, in JSON's types.
     """
@@ -68,6 +71,7 @@ class OpenTask:
     test: Examples
     chosen: Tensor | None
     places: Tensor | None
+    shape: tuple[int, ...]
     identity: dict[str, Any]
 
     @classmethod
@@ -107,7 +111,8 @@ class OpenTask:
                 advice="Give tensors: the network is called with one.",
             )
         with evaluating(net), torch.no_grad():
-            count = net(first).flatten(1).shape[1]
+            shape = tuple(net(first).shape[1:])
+        count = math.prod(shape)
         if task.outputs is not None:
             chosen = select_outputs(count, task.outputs)
             assert chosen is not None
@@ -119,7 +124,7 @@ class OpenTask:
             "test": test.fingerprint(),
             "outputs": None if chosen is None else chosen.tolist(),
         }
-        return cls(task, name, train, test, chosen, places, identity)
+        return cls(task, name, train, test, chosen, places, shape, identity)
 
     def outputs_and_targets(self, net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Run a batch and look at the head of the task.
@@ -160,8 +165,38 @@ class OpenTask:
                 )
         return outputs.index_select(1, self.chosen), targets
 
+    def require_classes(self) -> None:
+        """Refuse a task without a share of labels that the largest output gets right.
+
+        Raises
+        ------
+        DataError
+            Unless each test example has one integer label and the task two outputs or more.
+        """
+        advice = (
+            "The default accuracy asks whether the largest of two or more outputs is that of an "
+            "integer label (N,). Give evaluate=, a function of the network and the task, to score "
+            "anything else."
+        )
+        targets = self.test.select(torch.zeros(1, dtype=torch.long)).targets
+        assert targets is not None  # asked for when the data were opened
+        kind, shape = targets.dtype, (len(self.test), *targets.shape[1:])
+        if len(shape) != 1 or kind.is_floating_point or kind.is_complex or kind == torch.bool:
+            raise DataError(
+                f"targets of type {kind} and shape {shape} are no labels",
+                where=self.test.name,
+                advice=advice,
+            )
+        of_task = self.shape if self.chosen is None else (len(self.chosen), *self.shape[1:])
+        if len(of_task) != 1 or of_task[0] < 2:
+            raise DataError(
+                f"outputs of shape {of_task} for each example are no classes",
+                where=self.name,
+                advice=advice,
+            )
+
     def accuracy(self, net: nn.Module) -> float:
-        """Share of the test data that is classified correctly.
+        """Share of the test data that is classified correctly; see `require_classes`.
 
         Returns
         -------
