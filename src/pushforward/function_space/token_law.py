@@ -35,9 +35,11 @@ _DAMAGED = {"where": "token law", "advice": "Summarise the data anew."}
 class TokenLaw:
     """Counts of tokens, and the law that they define: a Markov chain of order 0 or 1.
 
-    No example is kept, unless the examples have two tokens or fewer: then the counts of ``bigram``
-    are the examples. Sequences are counted from their first token, also where the padding is in
-    front. Laws of parts of the data add up to the law of all of it.
+    Whole sequences are not kept, but counts of neighbours say much of them: where most tokens have
+    a single successor, as in few sequences over a large vocabulary, a sequence that is drawn is
+    mostly one of the data; and sequences of two tokens are their counts. Sequences are counted from
+    their first token, also where the padding is in front. Laws of parts of the data add up to the
+    law of all of it.
 
     Parameters
     ----------
