@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from math import isnan, log
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from degeneracy_problems import (
     same,
     score,
 )
+from pushforward.degeneracy.estimate import _at_step_zero
 from pushforward.degeneracy.quadrature import quadratic
 from pushforward.errors import DataError, NetworkError, OptionError
 
@@ -186,3 +188,14 @@ def test_problems_that_are_none():
         quick(net, (x, y.abs().round()), pf.Poisson(), realisable=True)
     with pytest.raises(OptionError, match="reduction='none'"):
         quick(net, (x, y), nn.functional.mse_loss)
+
+
+@pytest.mark.wrong_types
+def test_the_bias_that_is_expected_is_taken_off():
+    """Discretisation raises the value: at step zero it is below what the smaller step gave."""
+    coarse = SimpleNamespace(value=10.0, standard_error=0.5)
+    fine = SimpleNamespace(value=10.0, standard_error=0.5)
+    value, _ = _at_step_zero(coarse, fine, bias=1.0)
+    assert value < 10.0
+    unbiased, _ = _at_step_zero(coarse, fine, bias=0.0)
+    assert value < unbiased

@@ -352,3 +352,10 @@ def test_standard_errors_by_hand(antithetic, square):
     sample = SyntheticInputs(torch.zeros(4, 2), component, weights, antithetic)
     errors = sample.component_errors(torch.tensor([1.0, 3.0, 2.0, 6.0], dtype=torch.float64))
     assert errors.tolist() == pytest.approx([square**0.5])
+
+
+def test_the_seed_decides_the_tokens():
+    reference = transformer()
+    first, again, other = (drawn_pairs(reference, seed=seed).inputs for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

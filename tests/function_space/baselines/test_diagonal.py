@@ -159,3 +159,13 @@ def test_other_refusals():
     other[1].running_var.mul_(2.0)
     with pytest.raises(WeightsError, match="running_var"):
         DiagonalDistance.of(norm, numbers(6, 2, 5, 4, seed=2)).distance(other)
+
+
+def test_every_batch_draws_labels_of_its_own():
+    net, x = multilayer(), numbers(1, 3, seed=1)
+    once, twice = (
+        DiagonalDistance.of(net, rows, metric="fisher", fisher="sampled", seed=0, batch_size=1)
+        for rows in (x, x.repeat(40, 1))
+    )
+    # The same example: with the same labels in every batch the mean would be that of the first.
+    assert not torch.allclose(flat(twice.curvature), flat(once.curvature), rtol=0.05)
