@@ -417,7 +417,7 @@ def test_the_default_accuracy_needs_two_outputs():
 
     error = refused(one_logit(), labels)
     assert "outputs of shape (1,) for each example are no classes" in str(error)
-    error = refused(nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3))), labels)
+    error = refused(nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3))).double(), labels)
     assert "outputs of shape (2, 3)" in str(error)
     x = normal(90, 40, 4)
     data = x, 0 * labels(x)
@@ -442,7 +442,7 @@ def test_a_single_logit_learns_with_a_score_of_its_own():
 
 
 def test_targets_that_the_loss_does_not_take():
-    error = refused(make_network(), lambda x: sign(x).long(), evaluate=lambda net, task: 0.0)
+    error = refused(make_network(), lambda x: sign(x).long(), evaluate=lambda *_: 0.0)
     assert error.where == "training data of task 1"
     assert "targets of type torch.int64 and shape (16, 1)" in str(error)
     error = refused(make_network(), lambda x: sign(x)[:, 0].long() + 4)

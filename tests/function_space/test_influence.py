@@ -359,7 +359,7 @@ def test_one_output_and_cross_entropy_do_not_go_together(regression):
     x = trained("squared").x
     net = nn.Linear(3, 1).double()
     data = (x, x[:, :1] if regression else (x[:, 0] > 0).long())
-    message = 'cross-entropy of a network with 1 output.*two logits, or use loss="squared"'
+    message = r'cross-entropy of a network with 1 output.*two logits, or use loss="squared"'
     for call in (
         lambda measure: self_influence(measure, data, damping=1.0),
         lambda measure: influence(measure, data, data, damping=1.0),
@@ -369,7 +369,7 @@ def test_one_output_and_cross_entropy_do_not_go_together(regression):
             call(Exact(net, x))
 
 
-def test_probabilities_of_one_output_have_no_curvature():
+def test_a_single_logit_goes_by_a_loss_of_its_own_and_the_euclidean_metric():
     x = trained("squared").x
     net = nn.Linear(3, 1).double()
 
@@ -377,7 +377,7 @@ def test_probabilities_of_one_output_have_no_curvature():
         return nn.functional.softplus(outputs).sum() - (outputs * target).sum()
 
     data = (x, (x[:, :1] > 0).double())
-    with pytest.raises(NetworkError, match="single output only the euclidean metric"):
+    with pytest.raises(ShapeError, match="several outputs"):
         self_influence(Exact(net, x), data, loss, damping=1.0, metric="fisher")
     found = self_influence(Exact(net, x), data, loss, damping=1.0, metric="euclidean")
     assert bool((found.scores > 0).all())

@@ -113,7 +113,7 @@ def test_labels_are_looked_at_before_anything_is_computed(flipped):
     logit = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
     for measure in (None, Exact(logit, x)):
         for targets in (labels.clamp(max=1), x[:, :1]):
-            with pytest.raises(DataError, match='1 output.*two logits, or use loss="squared"'):
+            with pytest.raises(DataError, match=r'1 output.*or use loss="squared"'):
                 find_wrong_labels(logit, (x, targets), measure)
     assert len(find_wrong_labels(logit, (x, x[:, :1]), loss="squared")) == 90
     for measure in (None, Exact(net, x)):
