@@ -29,12 +29,8 @@ if TYPE_CHECKING:
     from pushforward.function_space.baselines.tangent import TangentDistance
     from pushforward.function_space.compression import pruned, quantised
     from pushforward.function_space.continual import learn_tasks
-    from pushforward.function_space.influence import (
-        InfluenceScores,
-        SelfInfluence,
-        influence,
-        self_influence,
-    )
+    from pushforward.function_space.influence import influence, self_influence
+    from pushforward.function_space.influence_scores import InfluenceScores, SelfInfluence
     from pushforward.function_space.mislabels import WrongLabels, find_wrong_labels
     from pushforward.function_space.penalty import FunctionSpacePenalty
     from pushforward.function_space.proximal import ProximalResponse, proximal_response
@@ -163,7 +159,7 @@ _HOMES = {
     "Gaussian": "networks.likelihoods",
     "GaussianLaw": "cumulants.laws",
     "HMC": "sampling.hmc",
-    "InfluenceScores": "function_space.influence",
+    "InfluenceScores": "function_space.influence_scores",
     "IntermediateNoiseNetwork": "sampling.intermediate_noise.network",
     "KroneckerDistance": "function_space.baselines.kronecker",
     "LaplacePosterior": "linearised_laplace.posterior",
@@ -181,7 +177,7 @@ _HOMES = {
     "SGLD": "sampling.sgld",
     "SGNHT": "sampling.sgnht",
     "SampledLaw": "cumulants.monte_carlo",
-    "SelfInfluence": "function_space.influence",
+    "SelfInfluence": "function_space.influence_scores",
     "SelfTest": "degeneracy.self_test",
     "SmoothActivation": "gaussians.activations",
     "SubsetDistance": "function_space.baselines.subset",

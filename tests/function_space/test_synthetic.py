@@ -7,13 +7,12 @@ from torch import nn
 from pushforward.errors import LawError, OptionError, ShapeError
 from pushforward.function_space.metrics import discrepancy
 from pushforward.function_space.network import ReferenceNetwork
-from pushforward.function_space.synthetic import (
+from pushforward.function_space.synthetic import SyntheticRun, synthetic_distance
+from pushforward.function_space.synthetic_inputs import (
     SyntheticInputs,
-    SyntheticRun,
     allocate,
     draw_gaussian,
     gaussian_inputs,
-    synthetic_distance,
     token_inputs,
 )
 from pushforward.function_space.token_law import TokenLaw

@@ -23,8 +23,9 @@ from pushforward.errors import (
     PushforwardError,
     WeightsError,
 )
+from pushforward.function_space.measure import DistanceMeasure
 from pushforward.function_space.metrics import Metric
-from pushforward.function_space.penalty import DistanceMeasure, FunctionSpacePenalty, is_whole
+from pushforward.function_space.penalty import FunctionSpacePenalty, is_whole
 from pushforward.function_space.task_sequence import TaskSequence
 from pushforward.function_space.tasks import OpenTask, Task, evaluating
 from pushforward.runs.progress import track

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
-from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pushforward.errors import NetworkError, OptionError, ResourceError, ShapeError
 from pushforward.function_space.baselines.curvature import check_damping
+from pushforward.function_space.measure import DistanceMeasure
 from pushforward.function_space.metrics import Metric, check_metric
 from pushforward.function_space.network import Other, ReferenceNetwork
 from pushforward.linalg import conjugate_gradients
@@ -30,7 +31,6 @@ from pushforward.runs.rng import stream
 from pushforward.typing import Params
 
 __all__ = [
-    "DistanceMeasure",
     "GaussNewton",
     "Solution",
     "SolveMethod",
@@ -45,19 +45,6 @@ _LARGEST_BLOCK = 256
 _UNKNOWN_BLOCK = 16
 _COLUMNS = 1024  # of a dense matrix between two looks at the bar
 _STEP = 6e-6  # cube root of the rounding error: where a central difference is best
-
-
-@runtime_checkable
-class DistanceMeasure(Protocol):
-    """Whatever measures how far other weights are from reference weights as functions."""
-
-    @property
-    def reference(self) -> ReferenceNetwork:
-        """The network from which it measures."""
-
-    @property
-    def distance(self) -> Callable[..., Tensor]:
-        """``distance(other, *, metric=...)``: a scalar, differentiable in the other's weights."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,9 +28,9 @@ from pushforward.function_space.output_change import OutputAnchor, mean_discrepa
 from pushforward.function_space.published import published_values, push_published, with_jitter
 from pushforward.function_space.sampled import sampled_outputs
 from pushforward.function_space.statistics import LowRankMoments, Statistics
-from pushforward.function_space.synthetic import (
+from pushforward.function_space.synthetic import SyntheticRun
+from pushforward.function_space.synthetic_inputs import (
     SyntheticInputs,
-    SyntheticRun,
     draw_gaussian,
     token_inputs,
 )

@@ -11,7 +11,7 @@ from pushforward.errors import OptionError
 from pushforward.runs.pictures import import_pyplot
 
 if TYPE_CHECKING:
-    from pushforward.function_space.influence import InfluenceScores, SelfInfluence
+    from pushforward.function_space.influence_scores import InfluenceScores, SelfInfluence
     from pushforward.function_space.mislabels import WrongLabels
 
 __all__ = ["plot_influence", "plot_self_influence", "plot_wrong_labels"]

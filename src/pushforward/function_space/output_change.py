@@ -9,8 +9,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from pushforward.function_space.chain import Change, Moments
-from pushforward.function_space.metrics import Metric, discrepancy, output_curvature
-from pushforward.function_space.statistics import OutputStatistics
+from pushforward.function_space.metrics import Metric, discrepancy
+from pushforward.function_space.statistics import OutputStatistics, mean_curvatures
 from pushforward.runs.rng import stream
 
 __all__ = ["OutputAnchor", "mean_discrepancy"]
@@ -76,7 +76,8 @@ def mean_discrepancy(
         curvature = outputs.softmax if metric == "softmax" else outputs.fisher
         if chosen is not None:
             rows = _gaussian_rows(known, num_samples, generator)
-            curvature = output_curvature(rows, metric).mean(1)
+            fisher, softmax = mean_curvatures(list(rows.softmax(-1)))
+            curvature = softmax if metric == "softmax" else fisher
         return (curvature * square).sum((-2, -1)) / 2
     rows = _gaussian_rows(known, num_samples, generator)
     return discrepancy(rows, rows + _changes(rows, change, closure, generator), metric).mean(1)
@@ -136,8 +137,8 @@ class OutputAnchor:
                 stretch = torch.linalg.solve_triangular(own, wanted, upper=False, left=False)
                 stretches.append(stretch)
                 anchored = outputs.moments.mean[number] + centred @ stretch.mT
-                mean_curvature = output_curvature(anchored, "fisher").mean(0)
-                curvatures.append(_transport(mean_curvature, outputs.fisher[number]))
+                drawn, _ = mean_curvatures([anchored.softmax(1)])
+                curvatures.append(_transport(drawn[0], outputs.fisher[number]))
         return cls(
             torch.stack(means),
             outputs.moments.mean,

@@ -7,33 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
 from numbers import Integral, Real
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from pushforward.errors import OptionError, WeightsError
+from pushforward.function_space.measure import DistanceMeasure
 from pushforward.function_space.metrics import Metric, check_metric
 from pushforward.function_space.network import ReferenceNetwork
 from pushforward.runs.rng import derived_seed, stream
 
-__all__ = ["DistanceMeasure", "FunctionSpacePenalty", "Outputs", "PastTask", "is_whole"]
+__all__ = ["FunctionSpacePenalty", "Outputs", "PastTask", "is_whole"]
 
 Outputs: TypeAlias = slice | Sequence[int] | Tensor | None
 """Which outputs count: None for all, or a slice, numbers, a boolean mask."""
-
-
-@runtime_checkable
-class DistanceMeasure(Protocol):
-    """What measures how far other weights are from a reference: a summary, or a baseline."""
-
-    @property
-    def reference(self) -> ReferenceNetwork:
-        """The network that distances are measured from."""
-
-    def distance(self, other: Any, *, metric: Any = ..., outputs: Any = ...) -> Tensor:
-        """A number from 0, differentiable in the weights of `other`."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pushforward.errors import OptionError, ShapeError
-from pushforward.function_space.curvature import DistanceMeasure, GaussNewton, Solver
+from pushforward.function_space.curvature import GaussNewton, Solver
 from pushforward.function_space.example_gradients import (
     ExampleGradients,
     Loss,
@@ -31,6 +31,7 @@ from pushforward.function_space.example_gradients import (
     open_examples,
 )
 from pushforward.function_space.influence import training_size
+from pushforward.function_space.measure import DistanceMeasure
 from pushforward.function_space.metrics import Metric
 from pushforward.function_space.network import ReferenceNetwork
 from pushforward.networks.data import Batch, Examples

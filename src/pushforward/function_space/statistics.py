@@ -24,6 +24,7 @@ __all__ = [
     "StageStatistics",
     "Statistics",
     "batch_statistics",
+    "mean_curvatures",
     "merge_moments",
     "walk",
 ]
@@ -250,22 +251,27 @@ def batch_statistics(
         for slopes, values in stages
     )
     probabilities = outputs.softmax(1)
-    fisher, softmax = _mean_curvatures([probabilities[i] for i in groups])
+    fisher, softmax = mean_curvatures([probabilities[i] for i in groups])
     inputs = None if rows is None else moments(rows, full=full)
     return Statistics(counts, inputs, kept, OutputStatistics(moments(outputs), fisher, softmax))
 
 
-def _mean_curvatures(
+def mean_curvatures(
     groups: Sequence[Float[Tensor, "_ K"]],
 ) -> tuple[Float[Tensor, "c K K"], Float[Tensor, "c K K"]]:
     """Means of ``S = diag p - p p^T`` and of ``S^2``, as products of matrices of all rows.
 
     ``S^2 = diag p^2 - p (p^2)^T - (p^2) p^T + |p|^2 p p^T``: no matrix for each example is formed.
 
+    Parameters
+    ----------
+    groups
+        Probabilities ``p`` of the rows of each component, ``(_, K)``.
+
     Returns
     -------
-    tuple of Tensor
-        ``(c, K, K)`` each.
+    fisher, softmax : Tensor
+        ``(c, K, K)`` each; the curvatures of the two metrics.
     """
     fisher, softmax = [], []
     for p in groups:
