@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pushforward.errors import PushforwardError
 from pushforward.function_space.network import ReferenceNetwork
-from pushforward.function_space.synthetic import SyntheticRun
+from pushforward.function_space.synthetic import SyntheticRun, plain_attention
 from pushforward.function_space.synthetic_inputs import SyntheticInputs, token_inputs
 from pushforward.function_space.token_law import TokenLaw
 from pushforward.runs.rng import derived_seed, stream
