@@ -135,7 +135,7 @@ class ContinualLearning:
     num_test: int | None = None
     metric: Metric = "softmax"
     samples: int = 40
-    input_moments: Literal["full", "diagonal"] = "full"
+    input_moments: Literal["full", "diagonal"] | int = "full"
     tasks_per_step: int | None = None
     scale: float | None = None
     scales: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0, 1000.0)
