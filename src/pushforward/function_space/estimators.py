@@ -12,13 +12,14 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from pushforward.errors import LawError, NetworkError, OptionError, ResourceError, ShapeError
+from pushforward.errors import LawError, NetworkError, OptionError, ResourceError
 from pushforward.function_space.anchored import AnchoredStep, anchored_values, push_anchored
 from pushforward.function_space.chain import Change, Moments, affine_changes
 from pushforward.function_space.gated import GatedStep, Gates, gated_values, push_gated
 from pushforward.function_space.gaussian import GaussianStep, gaussian_values, push_gaussian
 from pushforward.function_space.metrics import (
     Metric,
+    check_axes,
     check_metric,
     check_probabilities,
     discrepancy,
@@ -63,14 +64,13 @@ class Estimators:
         The network.
     kept
         Statistics of the data.
-    tokens, output_shape
+    tokens
         As in `pushforward.function_space.summary.FunctionSummary`.
     """
 
     reference: ReferenceNetwork
     kept: Statistics
     tokens: tuple[TokenLaw, ...]
-    output_shape: tuple[int, ...]
 
     @property
     def num_components(self) -> int:
@@ -147,14 +147,7 @@ class Estimators:
                 where="num_samples",
                 advice="Give a whole number from 2.",
             )
-        if metric != "euclidean" and len(self.output_shape) > 1:
-            raise ShapeError(
-                f"one example has outputs of shape {self.output_shape}, and probabilities would be "
-                "taken over all of them together",
-                where="metric",
-                advice='Use "euclidean", or wrap the network so that it returns one row of logits '
-                "for each example.",
-            )
+        check_axes(self.reference.output_shape, metric)
         chosen = select_outputs(self.kept.outputs.fisher.shape[-1], outputs)
         check_probabilities(
             self.kept.outputs.fisher.shape[-1] if chosen is None else len(chosen), metric

@@ -11,7 +11,14 @@ from torch.nn.functional import kl_div, log_softmax
 
 from pushforward.errors import OptionError, ShapeError
 
-__all__ = ["Metric", "check_metric", "check_probabilities", "discrepancy", "output_curvature"]
+__all__ = [
+    "Metric",
+    "check_axes",
+    "check_metric",
+    "check_probabilities",
+    "discrepancy",
+    "output_curvature",
+]
 
 Metric: TypeAlias = Literal["euclidean", "softmax", "kl", "fisher"]
 
@@ -46,6 +53,31 @@ def check_probabilities(count: int, metric: str) -> None:
             f"{count or 'none'}",
             where="metric",
             advice='Use "euclidean"; a single logit becomes two with a second one that is 0.',
+        )
+
+
+def check_axes(shape: tuple[int, ...], metric: str) -> None:
+    """Refuse probabilities of outputs that are no row: over which axis they are is not known.
+
+    Parameters
+    ----------
+    shape
+        Of the outputs of one example.
+    metric
+        Which.
+
+    Raises
+    ------
+    ShapeError
+        When there are several axes, unless the metric is euclidean.
+    """
+    if metric != "euclidean" and len(shape) > 1:
+        raise ShapeError(
+            f"one example has outputs of shape {shape}, and probabilities would be taken over all "
+            "of them together",
+            where="metric",
+            advice='Use "euclidean", or wrap the network so that it returns one row of logits for '
+            "each example.",
         )
 
 

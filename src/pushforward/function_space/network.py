@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -39,10 +39,13 @@ class ReferenceNetwork:
         A private copy; use `of`.
     event_shape
         Shape of one input example.
+    output_shape
+        Shape of the outputs of one example, where it has been seen.
     """
 
     module: nn.Module = field(repr=False)
     event_shape: tuple[int, ...]
+    output_shape: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, net: nn.Module, event_shape: tuple[int, ...]) -> ReferenceNetwork:
@@ -232,8 +235,8 @@ class ReferenceNetwork:
             rows: Tensor = self._function(tensors, inputs)
         return rows.flatten(1)
 
-    def output_shape(self, inputs: Inputs) -> tuple[int, ...]:
-        """Shape of the outputs of one example.
+    def seen_on(self, inputs: Inputs) -> ReferenceNetwork:
+        """The same network with the shape of its outputs.
 
         Parameters
         ----------
@@ -242,11 +245,12 @@ class ReferenceNetwork:
 
         Returns
         -------
-        tuple of int
-            ``(K,)``, or several axes, which `outputs` joins into one.
+        ReferenceNetwork
+            Its outputs are ``(K,)``, or have several axes, which `outputs` joins into one.
         """
         with torch.no_grad():
-            return tuple(self._function(self.tensors, inputs).shape[1:])
+            shape = tuple(self._function(self.tensors, inputs).shape[1:])
+        return replace(self, output_shape=shape)
 
     def unchanged(self, tensors: Params) -> bool:
         """Whether every entry is that of the reference, bit for bit."""

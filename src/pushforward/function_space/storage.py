@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ def save_summary(summary: FunctionSummary, path: str | os.PathLike[str]) -> None
         "event_shape": list(summary.reference.event_shape),
         "input_moments": summary.input_moments,
         "components": summary.components,
-        "output_shape": list(summary.output_shape),
+        "output_shape": list(summary.reference.output_shape),
         "num_stages": len(statistics.stages),
         "num_token_laws": len(summary.tokens),
     }
@@ -132,8 +132,8 @@ def load_summary(path: str | os.PathLike[str], net: nn.Module) -> FunctionSummar
     with torch.no_grad():
         for name, tensor in own.tensors.items():  # buffers that are not persistent included
             tensor.copy_(weights[name])
-    reference = ReferenceNetwork.of(own.module, event_shape)
-    return FunctionSummary(reference, statistics, kept, distances, components, output_shape, laws)
+    reference = replace(ReferenceNetwork.of(own.module, event_shape), output_shape=output_shape)
+    return FunctionSummary(reference, statistics, kept, distances, components, laws)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

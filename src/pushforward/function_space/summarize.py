@@ -141,7 +141,7 @@ def _summarised(
     if layer_moments:
         _check_widths(reference)  # refuses a network that cannot be read
     chain = numbers and _is_chain(reference)
-    output_shape = reference.output_shape(_moved(first, reference))
+    reference = reference.seen_on(_moved(first, reference))
     probes = [probe(reference, number) for number in range(NUM_PROBES)]
     total: FunctionSummary | None = None
     with track(len(examples), "Summarising", enabled=progress) as advance:
@@ -164,7 +164,6 @@ def _summarised(
                 statistics,
                 "diagonal" if input_moments == "diagonal" else "full",
                 _probed(reference, probes, inputs, old) / len(batch),
-                output_shape=output_shape,
                 tokens=_token_laws(batch.inputs, count) if law else (),
             )
             total = part if total is None else total + part

@@ -52,8 +52,6 @@ class FunctionSummary:
         ``(probes, metrics)``: from them `estimate` takes its error.
     components
         What the components are: ``"all"`` data in one, ``"classes"`` or ``"clusters"``.
-    output_shape
-        Shape of the outputs of one example.
     tokens
         For inputs that are whole numbers their law in each component, which has the place of
         moments.
@@ -72,7 +70,6 @@ class FunctionSummary:
     input_moments: InputMoments
     probe_distances: Tensor
     components: Components = "all"
-    output_shape: tuple[int, ...] = ()
     tokens: tuple[TokenLaw, ...] = ()
 
     # --- what it is ------------------------------------------------------------------------------
@@ -407,7 +404,7 @@ class FunctionSummary:
 
     @cached_property
     def _estimators(self) -> Estimators:
-        return Estimators(self.reference, self.statistics, self.tokens, self.output_shape)
+        return Estimators(self.reference, self.statistics, self.tokens)
 
     @cached_property
     def _calibrations(self) -> dict[tuple[str, str], Tensor]:

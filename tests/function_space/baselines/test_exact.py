@@ -5,8 +5,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import oracles.function_space_baselines as oracle
 from baseline_networks import moved, multilayer, numbers, sentences, words
-from pushforward.errors import PushforwardError
+from pushforward.errors import PushforwardError, ShapeError
+from pushforward.function_space.baselines.diagonal import DiagonalDistance
 from pushforward.function_space.baselines.exact import ExactDistance
+from pushforward.function_space.baselines.kronecker import KroneckerDistance
+from pushforward.function_space.baselines.tangent import TangentDistance
 
 METRICS = ("euclidean", "softmax", "kl", "fisher")
 
@@ -181,3 +184,19 @@ def test_bad_questions_are_refused(other, options, message):
 def test_a_batch_has_examples():
     with pytest.raises(PushforwardError, match="batch"):
         ExactDistance.of(multilayer(), numbers(4, 3, seed=1), batch_size=0)
+
+
+@pytest.mark.parametrize(
+    "kind", [ExactDistance, TangentDistance, DiagonalDistance, KroneckerDistance]
+)
+def test_outputs_with_several_axes_have_no_probabilities_of_their_own(kind):
+    net, x = nn.Linear(4, 3).double(), numbers(7, 5, 4, seed=2)
+
+    def divergence():
+        if kind in {ExactDistance, TangentDistance}:
+            return kind.of(net, x).distance(net, metric="kl")
+        return kind.of(net, x, metric="kl").distance(net)
+
+    with pytest.raises(ShapeError, match=r"outputs of shape \(5, 3\)"):
+        divergence()
+    assert kind.of(net, x).distance(net).item() == 0.0

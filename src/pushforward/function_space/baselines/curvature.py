@@ -30,7 +30,7 @@ from pushforward.function_space.baselines.scales import (
     find_scales,
     scale_squares,
 )
-from pushforward.function_space.metrics import Metric
+from pushforward.function_space.metrics import Metric, check_axes
 from pushforward.function_space.network import ReferenceNetwork
 from pushforward.networks.batches import Batch, Inputs
 from pushforward.networks.data import Examples
@@ -113,6 +113,7 @@ class CurvaturePass:
         check_fisher(fisher, metric)
         check_batch_size(batch_size)
         reference, examples, count = open_network(net, data, targets=fisher == "empirical")
+        check_axes(reference.output_shape, metric)
         chosen = tuple(output_numbers(reference, count, outputs).tolist())
         last = len(examples) - 1
         probe = inputs_for(reference, examples.select(torch.tensor([0, last // 2, last])).inputs)

@@ -20,7 +20,7 @@ from pushforward.function_space.baselines.passes import (
     weights_dtype,
     weights_of,
 )
-from pushforward.function_space.metrics import Metric, check_metric, discrepancy
+from pushforward.function_space.metrics import Metric, check_axes, check_metric, discrepancy
 from pushforward.function_space.network import Other, ReferenceNetwork
 from pushforward.networks.data import Examples
 from pushforward.runs.progress import track
@@ -131,6 +131,7 @@ class ExactDistance:
             For an unknown metric.
         """
         check_metric(metric)
+        check_axes(self.reference.output_shape, metric)
         chosen = output_numbers(self.reference, self.num_outputs, outputs)
         tensors = weights_of(self.reference, other)
         unmoved = self.reference.unchanged(tensors)
@@ -192,6 +193,7 @@ class ExactDistance:
             For an unknown metric.
         """
         check_metric(metric)
+        check_axes(self.reference.output_shape, metric)
         chosen = output_numbers(self.reference, self.num_outputs, outputs)
         tensors = weights_of(self.reference, other)
         unmoved = self.reference.unchanged(tensors)

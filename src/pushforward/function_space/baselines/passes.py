@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,8 +66,9 @@ def open_network(
     examples = Examples.read(examples, device=reference.device)
     probe = examples.select(torch.tensor([0]))
     model = FunctionalModel.of(reference.module, reference.parameter_names)
-    rows = model.predict(inputs_for(reference, probe.inputs)).flatten(1)
-    return reference, examples, rows.shape[1]
+    rows = model.predict(inputs_for(reference, probe.inputs))
+    seen = replace(reference, output_shape=tuple(rows.shape[1:]))
+    return seen, examples, rows.flatten(1).shape[1]
 
 
 def inputs_for(reference: ReferenceNetwork, inputs: Inputs) -> Inputs:

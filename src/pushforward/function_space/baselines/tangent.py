@@ -22,7 +22,7 @@ from pushforward.function_space.baselines.passes import (
     random_examples,
     weights_dtype,
 )
-from pushforward.function_space.metrics import Metric, check_metric, output_curvature
+from pushforward.function_space.metrics import Metric, check_axes, check_metric, output_curvature
 from pushforward.function_space.network import Other, ReferenceNetwork
 from pushforward.networks.data import Examples
 from pushforward.networks.model import FunctionalModel, Inputs
@@ -156,6 +156,7 @@ class TangentDistance:
             For an unknown metric.
         """
         check_metric(metric)
+        check_axes(self.reference.output_shape, metric)
         chosen = output_numbers(self.reference, self.num_outputs, outputs)
         moved = displacement(self.reference, other)
         tangent, count, size = self._tangent, len(self.examples), self.batch_size
