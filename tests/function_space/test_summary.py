@@ -13,7 +13,7 @@ from pushforward.errors import (
     ShapeError,
     WeightsError,
 )
-from pushforward.function_space import estimators
+from pushforward.function_space import estimators, synthetic
 from pushforward.function_space.metrics import discrepancy
 from pushforward.function_space.probes import NUM_PROBES, probe
 from pushforward.function_space.summarize import summarize
@@ -376,7 +376,7 @@ def test_drawn_outputs_get_the_moments_of_the_data_where_probabilities_are_compa
         seen.append(old.detach())
         return discrepancy(old, new, metric)
 
-    monkeypatch.setattr(estimators, "discrepancy", noting)
+    monkeypatch.setattr(synthetic, "discrepancy", noting)
     summary.distance(moved(net, 0.3), metric=metric, num_samples=3 * estimators._ANCHORING)
     own = net(x).detach()
     for label, drawn in enumerate(seen[0].unflatten(0, (3, -1))):

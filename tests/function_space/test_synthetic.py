@@ -7,21 +7,38 @@ from torch import nn
 from pushforward.errors import LawError, OptionError, ShapeError
 from pushforward.function_space.metrics import discrepancy
 from pushforward.function_space.network import ReferenceNetwork
-from pushforward.function_space.synthetic import SyntheticRun, synthetic_distance
+from pushforward.function_space.synthetic import SyntheticRun
 from pushforward.function_space.synthetic_inputs import (
     SyntheticInputs,
     allocate,
+    covariance_factor,
     draw_gaussian,
-    gaussian_inputs,
     token_inputs,
 )
 from pushforward.function_space.token_law import TokenLaw
+from pushforward.runs.rng import stream
 from scenarios import generator, normal
 from token_networks import MaskedTransformer, TinyTransformer, moved, pairs, randomised
 
 F64 = torch.float64
 ONE = torch.ones(1, dtype=F64)
 METRICS = ("euclidean", "softmax", "kl", "fisher")
+
+
+def synthetic_distance(reference, tensors, inputs, metric="euclidean", outputs=None, *, chunk=1024):
+    return SyntheticRun.of(reference, inputs, chunk=chunk).distance(tensors, metric, outputs)
+
+
+def gaussian_inputs(reference, mean, covariance, weights, *, num, seed, antithetic=True):
+    samples, component = draw_gaussian(
+        mean,
+        covariance_factor(covariance),
+        allocate(weights, num, antithetic=antithetic),
+        stream(seed, "tests"),
+        antithetic=antithetic,
+    )
+    shaped = samples.reshape(len(samples), *reference.event_shape).to(reference.dtype)
+    return SyntheticInputs(shaped, component, weights, antithetic)
 
 
 def transformer(seed=0, *, pooled=False):
@@ -297,20 +314,13 @@ def test_gaussian_samples_have_the_moments():
     assert bool(((x.mean(0) - mean[0]).abs() < 4 * (variance / len(x)).sqrt()).all())
 
 
-def test_a_low_rank_part_is_added():
-    reference = mlp()
+def test_factors_may_be_of_low_rank():
     factor = normal(1, 1, 4, 2)
-    inputs = gaussian_inputs(
-        reference,
-        torch.zeros(1, 4, dtype=F64),
-        torch.zeros(1, 4, dtype=F64),
-        ONE,
-        num=10,
-        seed=0,
-        factor=factor,
-    ).inputs
-    assert torch.linalg.matrix_rank(inputs) == 2
-    assert torch.linalg.matrix_rank(torch.cat([inputs, factor[0].T])) == 2
+    nowhere = torch.zeros(1, 4, dtype=F64)
+    rows, _ = draw_gaussian(nowhere, factor, torch.tensor([10]), generator(0))
+    assert torch.linalg.matrix_rank(rows) == 2
+    assert torch.linalg.matrix_rank(torch.cat([rows, factor[0].T])) == 2
+    torch.testing.assert_close(rows.T @ rows / 10, factor[0] @ factor[0].T)
 
 
 def test_samples_are_shared_out():

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from pushforward.errors import LawError, NetworkError, OptionError, ResourceError
+from pushforward.errors import NetworkError, OptionError, ResourceError
 from pushforward.function_space.anchored import AnchoredStep, anchored_values, push_anchored
 from pushforward.function_space.chain import Change, Moments, affine_changes
 from pushforward.function_space.gated import GatedStep, Gates, gated_values, push_gated
@@ -32,6 +32,7 @@ from pushforward.function_space.statistics import LowRankMoments, Statistics
 from pushforward.function_space.synthetic import SyntheticRun
 from pushforward.function_space.synthetic_inputs import (
     SyntheticInputs,
+    covariance_factor,
     draw_gaussian,
     token_inputs,
 )
@@ -50,7 +51,6 @@ DEFAULT: Estimator = "synthetic"
 classes are kept apart; and the cheapest from 100 units on."""
 
 _ANCHORING = 1024  # draws of each component that decide how outputs are anchored
-_INDEFINITE = 1e-6  # of the largest eigenvalue, which rounding can leave below zero
 _TOO_WIDE = 8192  # units of a stage, beyond which covariances are not formed
 
 
@@ -155,19 +155,21 @@ class Estimators:
         tensors = self.reference.tensors_of(other)
         if estimator == "synthetic":
             run = self._synthetic(num_samples, seed)
-            old, moved = run.outputs, run.outputs_of(tensors) - run.outputs
-            if self.reference.unchanged(tensors):
-                moved = moved - moved.detach()  # rounding may differ between two runs
-            old, moved = old.double(), moved.double()
-            if metric != "euclidean":
+            component = run.sample.component.to(self.reference.device)
+
+            def adjusted(old: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
                 # Inputs that are drawn leave the network less sure than the data do. In metrics of
                 # probabilities that matters, and class by class an affine map repairs it.
-                old = self._output_anchor.apply(old, run.sample.component.to(old.device))
-            if metric == "fisher" and chosen is None and self.num_components == 1:
-                # One law for all data cannot say how sure the network is where; the data did.
-                moved = moved @ self._output_anchor.curvature[0]
-            rows = discrepancy(_pick(old, chosen), _pick(old + moved, chosen), metric)
-            return run.sample.component_means(rows), run.sample.component_errors(rows)
+                anchor = self._output_anchor
+                if metric == "fisher" and chosen is None and self.num_components == 1:
+                    # One law for all data cannot say how sure the network is where; the data did.
+                    change = change @ anchor.curvature[0]
+                return anchor.apply(old, component), change
+
+            drawn = run.distance(
+                tensors, metric, chosen, adjusted=None if metric == "euclidean" else adjusted
+            )
+            return drawn.component_values, drawn.component_errors
         graph = self.reference.graph_of(tensors)
         if estimator == "sampled":
             flat, _ = self._drawn_inputs(num_samples, seed)
@@ -297,16 +299,7 @@ class Estimators:
         inputs = self._kept_inputs
         if isinstance(inputs, LowRankMoments):
             return inputs.factor.cpu()
-        if inputs.covariance.dim() == 2:
-            return inputs.covariance.cpu().clamp(min=0).sqrt()
-        values, vectors = torch.linalg.eigh(self._inputs.covariance.cpu())
-        if bool((values[:, 0] < -_INDEFINITE * values[:, -1].abs()).any()):
-            raise LawError(
-                f"a covariance of the inputs has the eigenvalue {float(values[:, 0].min()):.3g}",
-                where="summary",
-                advice="Summarise the data again: no data have such a covariance.",
-            )
-        return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+        return covariance_factor(inputs.covariance.cpu())
 
     @cached_property
     def _own_spread(self) -> Float[Tensor, "c d"] | None:

@@ -8,10 +8,10 @@ through expected Jacobians leaves out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Float64
@@ -29,8 +29,10 @@ __all__ = [
     "SyntheticDistance",
     "SyntheticRun",
     "plain_attention",
-    "synthetic_distance",
 ]
+
+Adjustment: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Of outputs of the reference and their changes, before a metric looks at them."""
 
 _CHUNK = 1024  # samples whose activations are held at once
 
@@ -150,7 +152,12 @@ class SyntheticRun:
         return torch.cat(parts)
 
     def distance(
-        self, tensors: Params, metric: Metric = "euclidean", outputs: Any = None
+        self,
+        tensors: Params,
+        metric: Metric = "euclidean",
+        outputs: Any = None,
+        *,
+        adjusted: Adjustment | None = None,
     ) -> SyntheticDistance:
         """How far other weights are.
 
@@ -162,21 +169,25 @@ class SyntheticRun:
             Which discrepancy.
         outputs
             Numbers of the outputs that count; see `select_outputs`.
+        adjusted
+            What is made of outputs and changes ``(n, K)`` before they are compared; both float64.
 
         Returns
         -------
         SyntheticDistance
             Exactly 0 at the weights of the reference.
         """
-        old, new = self.outputs, self.outputs_of(tensors)
+        old, change = self.outputs.double(), (self.outputs_of(tensors) - self.outputs).double()
         if self.reference.unchanged(tensors):
             # Matrix products of equal numbers can differ in the last digit.
-            new = old + (new - new.detach())
+            change = change - change.detach()
+        if adjusted is not None:
+            old, change = adjusted(old, change)
         chosen = select_outputs(old.shape[1], outputs)
         if chosen is not None:
             chosen = chosen.to(old.device)
-            old, new = old[:, chosen], new[:, chosen]
-        rows = discrepancy(old.to(new.dtype), new, metric)
+            old, change = old[:, chosen], change[:, chosen]
+        rows = discrepancy(old, old + change, metric)
         values, errors = self.sample.component_means(rows), self.sample.component_errors(rows)
         weights = self.sample.weights
         value = (weights.to(values) * values).sum().to(_floating_dtype(tensors, values.dtype))
@@ -187,44 +198,6 @@ class SyntheticRun:
         inputs = self.sample.part(start, start + self.chunk)
         with plain_attention():
             return self.reference.outputs(tensors, inputs)
-
-
-def synthetic_distance(
-    reference: ReferenceNetwork,
-    tensors: Params,
-    inputs: SyntheticInputs,
-    metric: Metric = "euclidean",
-    outputs: Any = None,
-    *,
-    chunk: int = _CHUNK,
-) -> SyntheticDistance:
-    """Distance of other weights from a network, on synthetic inputs.
-
-    For several other weights make one `SyntheticRun` and ask it for each `SyntheticRun.distance`:
-    the reference then runs once.
-
-    Parameters
-    ----------
-    reference
-        The network.
-    tensors
-        From ``reference.tensors_of``.
-    inputs
-        From `gaussian_inputs` or `token_inputs`.
-    metric
-        Which discrepancy.
-    outputs
-        Numbers of the outputs that count; see `select_outputs`.
-    chunk
-        Samples run at once.
-
-    Returns
-    -------
-    SyntheticDistance
-        Value, standard error, and the discrepancy of each sample.
-    """
-    run = SyntheticRun.of(reference, inputs, chunk=chunk)
-    return run.distance(tensors, metric, outputs)
 
 
 def _floating_dtype(tensors: Params, otherwise: torch.dtype) -> torch.dtype:

@@ -16,7 +16,13 @@ from pushforward.function_space.token_law import TokenLaw
 from pushforward.networks.batches import Inputs, Table
 from pushforward.runs.rng import stream
 
-__all__ = ["SyntheticInputs", "allocate", "draw_gaussian", "gaussian_inputs", "token_inputs"]
+__all__ = [
+    "SyntheticInputs",
+    "allocate",
+    "covariance_factor",
+    "draw_gaussian",
+    "token_inputs",
+]
 
 _INDEFINITE = 1e-6  # relative to the largest eigenvalue
 
@@ -148,6 +154,41 @@ def allocate(
     return counts.clamp(min=2 * step)
 
 
+def covariance_factor(
+    covariance: Float64[Tensor, "c D D"] | Float64[Tensor, "c D"],
+) -> Float64[Tensor, "c D D"] | Float64[Tensor, "c D"]:
+    """A factor to draw with, of singular covariances too.
+
+    Parameters
+    ----------
+    covariance
+        ``(c, D, D)``, or variances ``(c, D)`` of independent entries.
+
+    Returns
+    -------
+    Tensor
+        ``F`` with ``F F^T`` the covariance, or standard deviations.
+
+    Raises
+    ------
+    LawError
+        When a covariance is indefinite.
+    """
+    if covariance.dim() == 2:
+        values, vectors = covariance, None
+    else:
+        values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
+    if bool((values < -_INDEFINITE * values.amax(-1, keepdim=True).abs()).any()):
+        raise LawError(
+            f"a covariance of the inputs is indefinite: it has the eigenvalue "
+            f"{float(values.min()):.3g}",
+            where="summary",
+            advice="Summarise the data again: no data have such a covariance.",
+        )
+    roots = values.clamp(min=0).sqrt()
+    return roots if vectors is None else vectors * roots.unsqueeze(-2)
+
+
 def draw_gaussian(
     mean: Float64[Tensor, "c D"],
     factor: Float64[Tensor, "c D r"] | Float64[Tensor, "c D"],
@@ -204,58 +245,6 @@ def draw_gaussian(
         own = factor[c].cpu()
         samples.append(mean[c].cpu() + (noise @ own.T if factor.dim() == 3 else noise * own))
     return torch.cat(samples), torch.arange(len(counts)).repeat_interleave(counts.cpu())
-
-
-def gaussian_inputs(
-    reference: ReferenceNetwork,
-    mean: Float[Tensor, "c D"],
-    covariance: Float[Tensor, "c D D"] | Float[Tensor, "c D"],
-    weights: Float64[Tensor, " c"],
-    *,
-    num: int,
-    seed: int,
-    factor: Float[Tensor, "c D r"] | None = None,
-    antithetic: bool = True,
-) -> SyntheticInputs:
-    """Inputs of a network from a mixture of Gaussians.
-
-    Parameters
-    ----------
-    reference
-        The network, whose input has ``D`` entries.
-    mean
-        ``(c, D)``.
-    covariance
-        ``(c, D, D)``, or variances ``(c, D)`` alone.
-    weights
-        ``(c,)``: probabilities of the components.
-    num
-        Samples; see `allocate`.
-    seed
-        Of the samples.
-    factor
-        ``(c, D, r)``: low-rank part ``F F^T`` that is added to the covariance.
-    antithetic
-        Whether samples come in mirrored pairs.
-
-    Returns
-    -------
-    SyntheticInputs
-        ``(n, *event_shape)`` in the dtype of the network, on its device.
-    """
-    factors = _factor(covariance.detach().cpu().to(torch.float64))
-    if factor is not None:
-        factors = torch.cat([factors, factor.detach().cpu().to(torch.float64)], -1)
-    samples, component = draw_gaussian(
-        mean.detach().cpu().to(torch.float64),
-        factors,
-        allocate(weights, num, antithetic=antithetic),
-        stream(seed, "function_space", "synthetic", "gaussian"),
-        antithetic=antithetic,
-    )
-    shaped = samples.reshape(len(samples), *reference.event_shape)
-    inputs = shaped.to(reference.device, reference.dtype)
-    return SyntheticInputs(inputs, component, weights.detach().cpu(), antithetic)
 
 
 def token_inputs(
@@ -321,19 +310,3 @@ def _check_weights(weights: Tensor) -> None:
             where="weights",
             advice="Give probabilities that sum to one.",
         )
-
-
-def _factor(covariance: Float64[Tensor, "c D D"] | Float64[Tensor, "c D"]) -> Tensor:
-    """``F`` with ``F F^T`` the covariance, singular ones included."""
-    if covariance.dim() == 2:
-        values, vectors = covariance, None
-    else:
-        values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
-    if bool((values < -_INDEFINITE * values.amax(-1, keepdim=True).abs()).any()):
-        raise LawError(
-            f"a covariance is indefinite: smallest eigenvalue {float(values.min()):.3g}",
-            where="covariance",
-            advice="Summarise the data anew.",
-        )
-    roots = values.clamp(min=0).sqrt()
-    return torch.diag_embed(roots) if vectors is None else vectors * roots[:, None]
