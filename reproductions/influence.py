@@ -33,7 +33,8 @@ from pushforward.errors import DataError, PushforwardError
 from pushforward.function_space.baselines.diagonal import DiagonalDistance
 from pushforward.function_space.baselines.exact import ExactDistance
 from pushforward.function_space.baselines.kronecker import KroneckerDistance
-from pushforward.function_space.curvature import GaussNewton, Solver
+from pushforward.function_space.curvature import GaussNewton
+from pushforward.function_space.damped_solve import Solver
 from pushforward.function_space.example_gradients import ExampleGradients
 from pushforward.function_space.mislabels import find_wrong_labels
 from pushforward.function_space.proximal import proximal_response
@@ -215,7 +216,7 @@ class _Asked:
         jacobians = gradients.output_rows(test)[1].flatten(0, 1)
         return cls(gradients.rows(train)[1], gradients.rows(test)[1], jacobians)
 
-    def predicted(self, solver: Solver, total: int) -> _Changes:
+    def predicted(self, solver: Solver[GaussNewton], total: int) -> _Changes:
         """Linearised responses."""
         moved = solver.solve(self.removed.T).vectors / total
         own = (self.removed.T * moved).sum(0)
@@ -224,7 +225,7 @@ class _Asked:
 
 
 def _retrained(
-    exact: ExactDistance, solver: Solver, data: _Data, removed: Tensor, loss: str
+    exact: ExactDistance, solver: Solver[GaussNewton], data: _Data, removed: Tensor, loss: str
 ) -> _Changes:
     # Cross-entropy is unbounded above, with an exact distance too: there its tangent is removed.
     removal = "loss" if loss == "squared" else "linearised"

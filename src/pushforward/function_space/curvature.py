@@ -1,4 +1,4 @@
-"""Gauss-Newton matrix of a distance at its reference: products, dense, and damped solves.
+"""Gauss-Newton matrix of a distance at its reference: products, and the matrix itself.
 
 A distance between functions is zero at the reference weights and least there, so that its Hessian
 ``G`` at that point is a Gauss-Newton matrix: the generalised one of the data when the distance is
@@ -9,11 +9,10 @@ needed for products with it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import count
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -21,23 +20,16 @@ from torch import Tensor
 
 from pushforward.errors import NetworkError, OptionError, ResourceError, ShapeError
 from pushforward.function_space.baselines.curvature import check_damping
+from pushforward.function_space.damped_solve import SolveMethod, Solver
 from pushforward.function_space.measure import DistanceMeasure
 from pushforward.function_space.metrics import Metric, check_metric
 from pushforward.function_space.network import Other, ReferenceNetwork
-from pushforward.linalg import conjugate_gradients
 from pushforward.networks.parameters import ParameterSpace, match_names
 from pushforward.runs.progress import track
 from pushforward.runs.rng import stream
 from pushforward.typing import Params
 
-__all__ = [
-    "GaussNewton",
-    "Solution",
-    "SolveMethod",
-    "Solver",
-]
-
-SolveMethod: TypeAlias = Literal["auto", "cholesky", "conjugate_gradients", "own"]
+__all__ = ["GaussNewton"]
 
 _DENSE_LIMIT = 8192  # parameters; the matrix and its factor then take 1 GiB
 _BACKWARD_BYTES = 2**29  # what a batch of backward passes may take
@@ -45,29 +37,6 @@ _LARGEST_BLOCK = 256
 _UNKNOWN_BLOCK = 16
 _COLUMNS = 1024  # of a dense matrix between two looks at the bar
 _STEP = 6e-6  # cube root of the rounding error: where a central difference is best
-
-
-@dataclass(frozen=True, eq=False)
-class Solution:
-    """Solutions of ``(G + damping I) x = v``.
-
-    Parameters
-    ----------
-    vectors
-        ``(P, k)``.
-    residual
-        Largest ``|(G + damping I) x - v| / |v|`` of all columns; NaN for the solve of a measure's
-        own, whose matrix is not formed.
-    method
-        Which was used.
-    steps
-        Of conjugate gradients; 0 for a factorisation.
-    """
-
-    vectors: Float[Tensor, "P k"]
-    residual: float
-    method: SolveMethod
-    steps: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -306,7 +275,7 @@ class GaussNewton:
         *,
         tolerance: float = 1e-8,
         max_steps: int = 2000,
-    ) -> Solver:
+    ) -> Solver[GaussNewton]:
         """What solves systems with ``G + damping I``.
 
         Parameters
@@ -398,9 +367,7 @@ class GaussNewton:
         try:
             with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
                 self._open_gradient()
-        except (
-            RuntimeError
-        ):  # function transforms inside the distance do not let themselves be seen
+        except RuntimeError:  # function transforms do not let their tensors be seen
             return _UNKNOWN_BLOCK
         return max(1, min(_LARGEST_BLOCK, _BACKWARD_BYTES // max(1, sum(saved.values()))))
 
@@ -423,109 +390,6 @@ class GaussNewton:
                 self.distance_at(vector), vector, materialize_grads=True
             )
         return gradient
-
-
-@dataclass(frozen=True, eq=False)
-class Solver:
-    """Solves ``(G + damping I) x = v``; made by `GaussNewton.solver`.
-
-    Parameters
-    ----------
-    curvature
-        The matrix ``G``.
-    damping
-        Positive.
-    method
-        Never ``"auto"``.
-    tolerance, max_steps
-        Of conjugate gradients.
-    """
-
-    curvature: GaussNewton
-    damping: float
-    method: SolveMethod
-    tolerance: float = 1e-8
-    max_steps: int = 2000
-
-    @cached_property
-    def factor(self) -> Float[Tensor, "P P"]:
-        """Lower Cholesky factor of the damped matrix.
-
-        Raises
-        ------
-        OptionError
-            When it is not positive definite.
-        """
-        damped = self.curvature.dense().clone()
-        damped.diagonal().add_(self.damping)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if int(failed):
-            lowest = float(torch.linalg.eigvalsh(self.curvature.dense())[0])
-            raise OptionError(
-                f"the curvature has an eigenvalue of {lowest:.3g}: with damping "
-                f"{self.damping:.3g} it is not positive definite",
-                where="damping",
-                advice="Use more damping, or a distance whose curvature is not indefinite.",
-            )
-        return factor
-
-    def prepare(self, progress: bool | None = None) -> None:
-        """Form and factor the matrix now, with a bar, where that is what will take long."""
-        if self.method == "cholesky":
-            self.curvature.dense(progress)
-            _ = self.factor
-
-    def solve(
-        self, vectors: Float[Tensor, "P k"], watch: Callable[[int], None] | None = None
-    ) -> Solution:
-        """Solve for several right-hand sides.
-
-        Parameters
-        ----------
-        vectors
-            ``(P, k)``.
-        watch
-            Told how many products there have been, after each of conjugate gradients.
-
-        Returns
-        -------
-        Solution
-            With the residual that was found.
-        """
-        vectors = vectors.to(self.curvature.point)
-        if self.method == "own":
-            return Solution(self._own(vectors), float("nan"), "own")
-        if self.method == "cholesky":
-            found = torch.cholesky_solve(vectors, self.factor)
-            image = self.curvature.dense() @ found + self.damping * found
-            return Solution(found, _relative(image - vectors, vectors), "cholesky")
-        return self._iterated(vectors, watch)
-
-    def _own(self, vectors: Tensor) -> Tensor:
-        space, measure = self.curvature.space, self.curvature.measure
-        found: Params = measure.solve(space.unravel(vectors.T.contiguous()), self.damping)
-        return space.ravel(found).T
-
-    def _iterated(self, vectors: Tensor, watch: Callable[[int], None] | None) -> Solution:
-        made = count(1)
-
-        def product(rows: Tensor) -> Tensor:
-            image = self.curvature.product(rows.T).T + self.damping * rows
-            if watch is not None:
-                watch(next(made))
-            return image
-
-        # Lengths are taken out: columns of unlike size then count alike within a block.
-        lengths = vectors.norm(dim=0).clamp(min=1e-300)
-        state = conjugate_gradients.solve(
-            product,
-            (vectors / lengths).T.contiguous(),
-            tolerance=self.tolerance,
-            max_steps=self.max_steps,
-        )
-        found = state.solution.T
-        residual = _relative(product(found.T).T - vectors / lengths, vectors / lengths)
-        return Solution(found * lengths, residual, "conjugate_gradients", state.steps)
 
 
 def _first_that_moves(
@@ -599,9 +463,3 @@ def _pulled_back(gradient: Tensor, point: Tensor, rows: Tensor) -> Tensor:
             for row in rows
         ]
     )
-
-
-def _relative(residual: Tensor, vectors: Tensor) -> float:
-    if vectors.shape[1] == 0:
-        return 0.0
-    return float((residual.norm(dim=0) / vectors.norm(dim=0).clamp(min=1e-300)).max())

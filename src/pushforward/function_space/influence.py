@@ -34,11 +34,8 @@ import torch
 from torch import Tensor
 
 from pushforward.errors import DataError, OptionError, ResourceError
-from pushforward.function_space.curvature import (
-    GaussNewton,
-    SolveMethod,
-    Solver,
-)
+from pushforward.function_space.curvature import GaussNewton
+from pushforward.function_space.damped_solve import SolveMethod, Solver
 from pushforward.function_space.example_gradients import (
     ExampleGradients,
     Loss,
@@ -283,7 +280,7 @@ class _Side:
 
 
 def _products(
-    solver: Solver, solved: _Side, streamed: _Side, progress: bool | None
+    solver: Solver[GaussNewton], solved: _Side, streamed: _Side, progress: bool | None
 ) -> tuple[Tensor, float, int]:
     """Bilinear forms in the inverse, ``(solved, streamed)``, with the worst residual and steps."""
     most = max(1, _SOLVED_BYTES // (8 * solver.curvature.space.size))
@@ -418,7 +415,7 @@ def _worse(first: float, second: float) -> float:
     return second if second != second or second > first else first
 
 
-def _described(solver: Solver, loss: Loss) -> str:
+def _described(solver: Solver[GaussNewton], loss: Loss) -> str:
     name = loss if isinstance(loss, str) else getattr(loss, "__name__", "a function")
     ways: dict[str, str] = {
         "cholesky": "a Cholesky factor",
@@ -432,7 +429,7 @@ def _described(solver: Solver, loss: Loss) -> str:
     )
 
 
-def _checks(solver: Solver, residual: float, steps: int) -> tuple[Check, ...]:
+def _checks(solver: Solver[GaussNewton], residual: float, steps: int) -> tuple[Check, ...]:
     curvature = solver.curvature
     found = (_system_check(solver, residual, steps), _share_check(curvature, solver))
     # A summary knows how far its estimates are off; a baseline does not.
@@ -443,7 +440,7 @@ def _checks(solver: Solver, residual: float, steps: int) -> tuple[Check, ...]:
     return (*found, calibration(metric=curvature.metric, estimator=estimator))
 
 
-def _system_check(solver: Solver, residual: float, steps: int) -> Check:
+def _system_check(solver: Solver[GaussNewton], residual: float, steps: int) -> Check:
     name = "linear-system"
     if solver.method == "own":
         return Check(name, "pass", "closed form of the measure")
@@ -458,7 +455,7 @@ def _system_check(solver: Solver, residual: float, steps: int) -> Check:
     )
 
 
-def _share_check(curvature: GaussNewton, solver: Solver) -> Check:
+def _share_check(curvature: GaussNewton, solver: Solver[GaussNewton]) -> Check:
     """Whether the curvature counts beside the damping at all."""
     name = "damping"
     if solver.method != "cholesky":

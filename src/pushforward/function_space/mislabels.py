@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pushforward.errors import OptionError, ShapeError, WeightsError
 from pushforward.function_space.baselines.curvature import check_damping
 from pushforward.function_space.baselines.passes import inputs_for
-from pushforward.function_space.curvature import SolveMethod
+from pushforward.function_space.damped_solve import SolveMethod
 from pushforward.function_space.example_gradients import Loss, metric_of, open_examples
 from pushforward.function_space.influence import known_size, self_influence
 from pushforward.function_space.measure import DistanceMeasure

@@ -23,7 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pushforward.errors import OptionError, ShapeError
-from pushforward.function_space.curvature import GaussNewton, Solver
+from pushforward.function_space.curvature import GaussNewton
+from pushforward.function_space.damped_solve import Solver
 from pushforward.function_space.example_gradients import (
     ExampleGradients,
     Loss,
@@ -145,7 +146,7 @@ def proximal_response(
     num_examples: int | None = None,
     metric: Metric | None = None,
     estimator: str | None = None,
-    solver: Solver | None = None,
+    solver: Solver[GaussNewton] | None = None,
     tolerance: float = 1e-6,
     max_steps: int = 500,
 ) -> ProximalResponse:
@@ -252,7 +253,7 @@ class _Found:
 class _Search:
     """The objective in whitened coordinates, in which its Hessian at the start is the identity."""
 
-    solver: Solver
+    solver: Solver[GaussNewton]
     gradients: ExampleGradients
     batch: Batch
     metric: Metric
