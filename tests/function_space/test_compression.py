@@ -76,6 +76,13 @@ def test_vectors_zeros_and_buffers_are_not_quantised():
     assert not torch.equal(weights["0.weight"], net[0].weight)
 
 
+def test_buffers_with_several_axes_are_no_weights():
+    net = network()
+    net.register_buffer("mask", normals(3, 3))
+    assert torch.equal(pruned(net, 0.5)["mask"], net.mask)
+    assert torch.equal(quantised(net, 3)["mask"], net.mask)
+
+
 def test_tensors_by_name_do_as_well():
     net = network()
     tensors = dict(net.named_parameters())

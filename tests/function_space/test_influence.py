@@ -127,6 +127,16 @@ def test_self_influence_is_the_diagonal_and_never_negative(case):
     assert values[0] == found.scores.max() == found.scores[numbers[0]]
 
 
+def test_lengths_are_those_of_the_gradients_of_each_example():
+    case = trained("cross_entropy")
+    found = self_influence(case.measure, (case.x, case.y), case.loss, damping=DAMPING)
+    weights = tuple(case.net.parameters())
+    for x, y, length in zip(case.x, case.y, found.gradient_norms, strict=True):
+        loss = nn.functional.cross_entropy(case.net(x), y)
+        parts = [g.norm() for g in torch.autograd.grad(loss, weights)]
+        torch.testing.assert_close(length, torch.stack(parts).norm())
+
+
 def test_a_matrix_serves_several_calls(case):
     data = (case.x, case.y)
     matrix = GaussNewton.of(case.measure, metric=case.metric)

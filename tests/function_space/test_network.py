@@ -37,6 +37,17 @@ def test_outputs_and_graph_are_those_of_the_other_weights():
     assert other[0].weight.grad.abs().max() > 0
 
 
+def test_outputs_are_not_of_mixed_precision():
+    net = small_mlp(dtype=torch.float32)
+    reference = ReferenceNetwork.of(net, (4,))
+    x = torch.randn(7, 4)
+    expected = net(x)
+    assert torch.equal(reference.outputs(reference.tensors, x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(net(x).float(), expected)
+        assert torch.equal(reference.outputs(reference.tensors, x), expected)
+
+
 def test_normalisation_is_folded_for_each_set_of_weights():
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).double()
     other = moved(net).eval()

@@ -4,7 +4,13 @@ from torch import nn
 
 from pushforward.function_space.chain import Moments
 from pushforward.function_space.network import ReferenceNetwork
-from pushforward.function_space.statistics import LowRankMoments, batch_statistics, slope, walk
+from pushforward.function_space.statistics import (
+    LowRankMoments,
+    batch_statistics,
+    mean_curvatures,
+    slope,
+    walk,
+)
 from pushforward.gaussians.activations import PiecewisePolynomial, SmoothActivation
 from scenarios import small_mlp
 
@@ -51,6 +57,16 @@ def test_each_component_has_the_moments_of_its_examples(labelled):
     fisher = torch.diag(p.mean(0)) - p.mT @ p / len(p)
     assert torch.allclose(kept.outputs.fisher[1], fisher)
     assert kept.counts.tolist() == torch.bincount(labels).double().tolist()
+
+
+def test_mean_curvatures_are_means_of_the_matrices_of_every_example():
+    torch.manual_seed(0)
+    groups = [torch.randn(count, 4, dtype=torch.float64).softmax(1) for count in (5, 1)]
+    fisher, softmax = mean_curvatures(groups)
+    for c, group in enumerate(groups):
+        each = torch.stack([torch.diag(p) - torch.outer(p, p) for p in group])
+        torch.testing.assert_close(fisher[c], each.mean(0))
+        torch.testing.assert_close(softmax[c], (each @ each).mean(0))
 
 
 @pytest.mark.parametrize("cut", [1, 20, 59])
