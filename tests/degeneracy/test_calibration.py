@@ -12,6 +12,7 @@ from pushforward.degeneracy.calibration import (
     calibrate,
     largest_near,
     relaxation_steps,
+    settling,
     step_bias,
     sustained_step,
 )
@@ -134,6 +135,38 @@ def test_a_loss_without_curvature_at_the_weights_is_named():
     net, data, _ = regression()
     with pytest.raises(SamplingError, match="loss"):
         calibrated(walk_of(net, data, loss=distance))
+
+
+@pytest.mark.parametrize(("sampler", "leaps"), [("hmc", 16), ("mala", 1)])
+def test_a_trajectory_counts_as_the_square_of_its_steps(sampler, leaps):
+    net, data, h = regression(scales=(30.0, 1.0))
+    walk = walk_of(net, data, sampler)
+    held = settling(walk, num_chains=4, num_draws=40)
+    # Ten relaxation times 2 / (eps gamma), at steps eps = 1 / largest curvature.
+    relative = 20 / (40 * leaps**2)
+    expected = relative * walk.around.nbeta * float(h.max()) / (1 - relative)
+    assert expected > 1
+    assert held.around.localization == pytest.approx(expected, rel=0.1)
+    assert held.sampler == sampler
+    assert held.around.potential.batch_size == walk.around.potential.batch_size
+
+
+@pytest.mark.statistical
+def test_a_flat_direction_settles_under_the_spring_that_was_chosen():
+    """As many relaxation times as the rule promises: its variance is that of the spring alone."""
+    torch.manual_seed(0)
+    x = torch.randn(60, 2, dtype=F64) * torch.tensor([30.0, 0.0], dtype=F64)
+    line = torch.nn.Linear(2, 1, bias=False).double().eval()
+    found = pf.learning_coefficient(line, (x, line(x).detach()), pf.Gaussian(1.0), sampler="hmc")
+    assert found.localization > 1
+    assert found.verdict == "OK"
+    assert abs(found.virial.value - 2) < 4 * found.virial.standard_error
+
+
+def test_a_loss_without_curvature_leaves_the_spring_of_an_exact_sampler_alone():
+    net, data, _ = regression()
+    walk = walk_of(net, data, "hmc", loss=lambda z, y: (z - y).norm(dim=1))
+    assert settling(walk, num_chains=4, num_draws=200) is walk
 
 
 @pytest.mark.parametrize(

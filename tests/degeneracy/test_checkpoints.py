@@ -286,16 +286,31 @@ def test_restricted_to_weights_and_to_data():
     assert part[1].nbeta == pytest.approx(15 / math.log(15))
 
 
-def test_samplers_that_learn_need_no_calibration(monkeypatch):
-    monkeypatch.setattr(module, "calibrate", None)
-    nets = [("a", hidden(1.0)), ("b", hidden(2.0))]
-    options = {"num_chains": 2, "num_draws": 16, "num_warmup": 20, "progress": False}
-    found = learning_coefficient_sweep(
-        hidden(1.0), nets, DATA, UNIT, realisable=True, sampler="hmc", **options
-    )
+LEARNING = {"num_chains": 2, "num_draws": 16, "num_warmup": 20, "progress": False}
+
+
+def test_samplers_that_learn_their_step_share_a_spring(tmp_path, monkeypatch):
+    nets = [("flat", hidden(0.1)), ("sharp", hidden(3.0))]
+    options = LEARNING | {"realisable": True, "sampler": "mala", "checkpoint": tmp_path}
+    found = learning_coefficient_sweep(hidden(1.0), nets, DATA, UNIT, **options)
     assert math.isnan(found.step_size)
     assert found.to_dict()["step_size"] is None
-    assert {one.localization for _, one in found} == {1.0}
+    alone = learning_coefficient_sweep(
+        hidden(1.0), nets[:1], DATA, UNIT, **options | {"checkpoint": None}
+    )
+    (shared,) = {one.localization for _, one in found}
+    assert shared > 5 * alone["flat"].localization
+    monkeypatch.setattr(module, "settling", None)  # it is read back
+    again = learning_coefficient_sweep(hidden(1.0), nets, DATA, UNIT, **options)
+    same(found["sharp"], again["sharp"])
+
+
+def test_a_spring_that_is_given_needs_no_calibration(monkeypatch):
+    monkeypatch.setattr(module, "settling", None)
+    nets = {"a": hidden(1.0), "b": hidden(2.0)}
+    options = LEARNING | {"sampler": "hmc", "localization": 3.0}
+    found = learning_coefficient_sweep(hidden(1.0), nets, DATA, UNIT, realisable=True, **options)
+    assert {one.localization for _, one in found} == {3.0}
 
 
 def test_checkpoints_that_cannot_be_swept():

@@ -16,8 +16,8 @@ def squared_error(outputs, targets):
 
 
 def problem():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.linalg.qr(torch.randn(50, 4, dtype=F64, generator=generator))[0] * 50**0.5 * SCALES
+    torch.manual_seed(0)
+    x = torch.linalg.qr(torch.randn(50, 4, dtype=F64))[0] * 50**0.5 * SCALES
     line = torch.nn.Linear(4, 1, bias=False).double().eval()
     return line, (x, line(x).detach())
 
@@ -29,7 +29,7 @@ def exact(localization, nbeta):
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("localization", [0.5, 200.0])
+@pytest.mark.parametrize("localization", [0.5, 1000.0])
 def test_fluctuations_and_curvatures_give_the_derivative(localization):
     net, data = problem()
     found = pf.learning_coefficient(
@@ -43,4 +43,4 @@ def test_fluctuations_and_curvatures_give_the_derivative(localization):
     assert slope.value == pytest.approx(truth, abs=4 * slope.standard_error + 1e-9)
     assert value.value == pytest.approx(float(found), rel=0.3)
     (check,) = [check for check in found.checks if check.name == "localization"]
-    assert check.status == ("warn" if localization == 200.0 else "pass")
+    assert check.status == ("warn" if localization == 1000.0 else "pass")

@@ -19,6 +19,7 @@ __all__ = [
     "calibrate",
     "largest_near",
     "relaxation_steps",
+    "settling",
     "step_bias",
     "sustained_step",
 ]
@@ -130,6 +131,37 @@ def calibrate(
         advice="Give a smaller step_size or a larger localization, and look at the loss: it has to "
         "be bounded from below.",
     )
+
+
+def settling(walk: Walk, *, num_chains: int, num_draws: int) -> Walk:
+    """A Metropolis sampler with the weakest localisation for which flat directions settle.
+
+    Its steps end where the curvature is largest, like those of `calibrate`, whose rule holds with
+    other numbers: a trajectory of ``L`` leapfrog steps goes as far as ``L^2`` steps that are made
+    one by one.
+
+    Parameters
+    ----------
+    walk
+        Its localisation is the weakest one that is considered.
+    num_chains, num_draws
+        Of the run to come.
+
+    Returns
+    -------
+    Walk
+        The same where the loss has no curvature that could be measured.
+    """
+    steps = walk.steps_per_draw**2 * num_draws
+    whole = replace(walk.around, potential=walk.around.on_all_data)
+    pilot = replace(walk, around=whole, sampler="langevin")
+    try:
+        found = calibrate(
+            pilot, num_chains=num_chains, num_draws=steps, step_size=None, localize=True
+        )
+    except SamplingError:
+        return walk
+    return replace(walk, around=walk.around.localized(found.walk.around.localization))
 
 
 def _quieted(

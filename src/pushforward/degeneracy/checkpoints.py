@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pushforward.degeneracy.calibration import calibrate
+from pushforward.degeneracy.calibration import calibrate, settling
 from pushforward.degeneracy.checkpoint_weights import Label, Weights, check_weights, loaded
 from pushforward.degeneracy.coefficient import LearningCoefficient
 from pushforward.degeneracy.estimate import coefficient_of
@@ -87,7 +87,7 @@ def learning_coefficient_sweep(
     checkpoint
         Folder in which finished checkpoints and the state of the one at work are kept: the same
         call goes on from there, to the same result bit for bit. Checkpoints may be added at the end
-        if `step_size` and `localization` are given, or need no calibration.
+        if `localization` is given, and `step_size` where the sampler does not learn it.
     progress
         Whether to show a bar; None: on a terminal, when it takes long.
 
@@ -204,29 +204,45 @@ class _Sweep:
             first = self.around(labels[0])
             learns = self.walk(first, labels[0], None).learns
         settings = replace(settings, nbeta=first.nbeta)
-        given = settings.localization is not None and settings.fixed_step is not None
-        if learns or given:
-            return replace(settings, localization=first.localization)
+        if settings.localization is not None and (learns or settings.fixed_step is not None):
+            return settings
         networks = {str(label): _identity(self.net, self.named[label]) for label in labels}
         identity = {"first": first.potential.identity(), "networks": networks}
         store = self.store("calibration", self._identity() | identity)
         saved = None if store is None else store.load()
         if saved is not None:
             return replace(settings, **saved[1])
-        localize = settings.localization is None
+        found = self._settled(labels) if learns else self._calibrated(labels)
+        if store is not None and ProcessGrid.from_environment().is_first:
+            store.save({}, found)
+        return replace(settings, **found)
+
+    def _settled(self, labels: Sequence[Label]) -> dict[str, Any]:
+        """What samplers that learn their own step size need: a localisation."""
+        gammas = list[float]()
+        for label in labels:
+            with _at(label):
+                walk = self.walk(self.around(label), label, None)
+                held = settling(
+                    walk,
+                    num_chains=self.settings.num_chains,
+                    num_draws=self.settings.draws_of(walk.sampler),
+                )
+            gammas.append(held.around.localization)
+        return {"localization": max(gammas)}
+
+    def _calibrated(self, labels: Sequence[Label]) -> dict[str, Any]:
+        localize = self.settings.localization is None
         gammas, steps = dict[Label, float](), dict[Label, float]()
         for label in labels:
-            gammas[label], steps[label] = self._calibrated(label, None, localize=localize)
+            gammas[label], steps[label] = self._calibrated_at(label, None, localize=localize)
         gamma = max(gammas.values())
         for label in labels:
             if gammas[label] < gamma:  # chains that are held closer may feel another curvature
-                _, steps[label] = self._calibrated(label, gamma, localize=False)
-        shared: dict[str, Any] = {"localization": gamma, "step_size": min(steps.values())}
-        if store is not None and ProcessGrid.from_environment().is_first:
-            store.save({}, shared)
-        return replace(settings, **shared)
+                _, steps[label] = self._calibrated_at(label, gamma, localize=False)
+        return {"localization": gamma, "step_size": min(steps.values())}
 
-    def _calibrated(
+    def _calibrated_at(
         self, label: Label, localization: float | None, *, localize: bool
     ) -> tuple[float, float]:
         settings = self.settings

@@ -93,9 +93,8 @@ def learning_coefficient(
         ``n beta``. Default ``n / ln n``, with ``n`` the size of the data set whatever the batch.
     localization
         ``gamma``, of the spring that holds chains near ``w*``. Directions whose curvature is below
-        ``gamma / (n beta)`` do not count. Default: 1 for HMC and MALA; else the weakest, from 1 on,
-        for which even flat directions relax ten times in a run. Give one number to compare
-        networks.
+        ``gamma / (n beta)`` do not count. Default: the weakest, from 1 on, for which even flat
+        directions relax ten times in a run. Give one number to compare networks.
     metric
         ``"euclidean"``, or ``"layerwise"``: distances and steps are taken in units of one scale for
         each tensor, the inverse root of its curvature. Multiplying a layer by a number and dividing

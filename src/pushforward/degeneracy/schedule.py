@@ -13,6 +13,7 @@ from pushforward.degeneracy.calibration import (
     calibrate,
     largest_near,
     relaxation_steps,
+    settling,
     sustained_step,
 )
 from pushforward.degeneracy.settings import Settings
@@ -92,6 +93,8 @@ def walk_through(walk: Walk, settings: Settings, start: Params | None = None) ->
 
 def _metropolis_runs(walk: Walk, settings: Settings, start: Params | int) -> Runs:
     draws, step_size = settings.draws_of(walk.sampler), settings.fixed_step
+    if settings.localization is None:
+        walk = settling(walk, num_chains=settings.num_chains, num_draws=draws)
     learning = settings.num_warmup
     if learning is None:
         learning = _LEARNING_STEPS[walk.sampler]

@@ -116,9 +116,14 @@ class Walk:
         return self.around.num_examples if size is None or self.learns else size
 
     @property
+    def steps_per_draw(self) -> int:
+        """Gradients in one step of the sampler, on average: those of a trajectory for HMC."""
+        return LEAPFROG_STEPS if self.sampler == "hmc" else 1
+
+    @property
     def passes_per_step(self) -> int:
         """Examples that one step of one chain takes through the network, on average."""
-        return self.batch_size * (LEAPFROG_STEPS if self.sampler == "hmc" else 1)
+        return self.batch_size * self.steps_per_draw
 
     def kernel(self, step_size: float | None) -> Kernel:
         """The sampler.
