@@ -12,6 +12,7 @@ from pushforward.sampling.adaptation import (
     average_step_size,
     collect_moments,
     fresh_averaging,
+    log_lengths,
     phase,
     scale_of_moments,
 )
@@ -116,9 +117,10 @@ def test_hopeless_chains_do_not_overflow():
     assert bool(torch.isfinite(averaging).all())
 
 
-def moments(draws):
+def moments(draws, *, dense=False):
     """Over ``(draws, chains, P)``, in one window."""
     mean = spread = torch.full_like(draws[0], torch.nan)  # forgotten at the first draw
+    spread = spread.diag_embed() if dense else spread
     for step, vectors in enumerate(draws):
         now = Phase(slow=True, collected=step + 1, closes=False, position=step, last=False)
         mean, spread = collect_moments(mean, spread, vectors, now)
@@ -145,6 +147,72 @@ def test_scales_are_pulled_together_whatever_the_units():
     torch.testing.assert_close(scale_of_moments(spread * 1e-12, old, 10), 1e-6 * scale)
     long = scale_of_moments(spread * units**2 * (9999 / 9), old, 10_000)
     torch.testing.assert_close(long, draws.std(0) * units, rtol=0.02, atol=0)
+
+
+def correlated_draws(count):
+    torch.manual_seed(3)
+    mixed = torch.randn(4, 3, 3, dtype=F64) @ torch.tensor([1e-3, 1.0, 1e3], dtype=F64).diag()
+    return 1e4 + torch.einsum("cij,ncj->nci", mixed, torch.randn(count, 4, 3, dtype=F64))
+
+
+def test_a_root_of_the_covariance_from_many_draws():
+    draws = correlated_draws(500)
+    mean, spread = moments(draws, dense=True)
+    torch.testing.assert_close(mean, draws.mean(0), rtol=1e-13, atol=0)
+    root = scale_of_moments(spread, torch.eye(3, dtype=F64).expand(4, 3, 3), 500)
+    assert torch.equal(root, root.tril())
+    away = draws - draws.mean(0)
+    covariance = torch.einsum("nci,ncj->cij", away, away) / 499
+    lengths = draws.std(0)
+    # A ridge of 1e-5 of the variances, nearly.
+    error = (root @ root.mT - covariance) / lengths[..., None] / lengths[..., None, :]
+    assert error.abs().max() < 2e-5
+    ridge = error.diagonal(dim1=-2, dim2=-1)
+    assert ridge.min() > 2e-6
+    torch.testing.assert_close(log_lengths(root).sum(-1), torch.linalg.det(root).log())
+
+
+def test_variances_where_draws_are_too_few_for_a_covariance():
+    draws = correlated_draws(5)
+    spread, one = moments(draws, dense=True)[1], torch.ones(4, 3, dtype=F64)
+    found = scale_of_moments(spread, one.diag_embed(), 5)
+    expected = scale_of_moments(moments(draws)[1], one, 5)
+    torch.testing.assert_close(found, expected.diag_embed())
+    assert torch.equal(log_lengths(found), log_lengths(expected).view(4, 3))
+
+
+def test_a_covariance_that_is_none_leaves_variances():
+    draws = correlated_draws(50)
+    draws[:, 0, 1] = 7.0  # did not move
+    draws[:, 1, 2] = draws[:, 1, 0]
+    spread = moments(draws, dense=True)[1]
+    spread[2, 1, 0] = torch.inf
+    old = 2 * torch.eye(3, dtype=F64).expand(4, 3, 3)
+    found = scale_of_moments(spread, old, 50)
+    assert bool(torch.isfinite(found).all())
+    assert found[0, 1, 1] == 2
+    assert all(torch.equal(found[c], found[c].diagonal().diag()) for c in (0, 2))
+    assert not torch.equal(found[1], found[1].diagonal().diag())
+    assert torch.equal(scale_of_moments(spread, old, 1), old)
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("kind", [HMC, NUTS])
+def test_a_learned_covariance_takes_correlations_away(kind):
+    """A law a hundred times longer than wide, in no direction of the axes."""
+    torch.manual_seed(0)
+    turned = torch.linalg.qr(torch.randn(8, 8, dtype=F64)).Q * torch.logspace(-2, 0, 8, dtype=F64)
+    covariance = turned @ turned.mT
+    kernel = kind(gaussian_potential(torch.zeros(8, dtype=F64), covariance), mass="dense")
+    state, vectors, _ = drive(kernel, 16, 500, 100, seed=4)
+    root = state["scale"]
+    fit = torch.linalg.solve_triangular(root, covariance.expand_as(root), upper=False)
+    fit = torch.linalg.solve_triangular(root, fit.mT, upper=False)
+    eigenvalues = torch.linalg.eigvalsh(fit)
+    assert eigenvalues.min() > 0.3
+    assert eigenvalues.max() < 3
+    ratio = vectors.flatten(0, 1).var(0) / covariance.diagonal()
+    assert bool(((ratio - 1).abs() < 0.3).all())
 
 
 def test_what_did_not_move_keeps_its_scale():

@@ -6,10 +6,12 @@ learning has another law than the one it was built for.
 
 - *Step size*: dual averaging of its logarithm towards a target acceptance (Nesterov 2009; Hoffman
   and Gelman 2014, section 3.2.1, with their constants).
-- *Scale*: standard deviations of the parameters (the square root of a diagonal inverse mass) by
-  Welford's recursion, over windows that double in length (the schedule of Stan: a fast beginning,
-  slow windows, a fast end). Estimates from few draws are pulled towards their common geometric
-  mean. In units of that scale a kernel is indifferent to the units of the parameters.
+- *Scale*: standard deviations of the parameters (the square root of a diagonal inverse mass), or a
+  root of their covariance, by Welford's recursion, over windows that double in length (the schedule
+  of Stan: a fast beginning, slow windows, a fast end). Standard deviations from few draws are
+  pulled towards their common geometric mean; a covariance is taken only from more draws than it
+  has directions, and variances from fewer. In units of that scale a kernel is indifferent to the
+  units of the parameters, or to their coordinates.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ __all__ = [
     "average_step_size",
     "collect_moments",
     "fresh_averaging",
+    "log_lengths",
     "phase",
     "scale_of_moments",
 ]
@@ -40,6 +43,8 @@ _LARGEST_LOG_STEP = 80.0
 _BEGINNING, _FIRST_WINDOW, _END = 75, 25, 50
 _FEWEST_STEPS = 50  # with fewer a scale would rest on a handful of draws, and cost the step size
 _PRIOR_DRAWS = 5.0  # weight of the common scale, in draws
+_DRAWS_OF_DIRECTION = 2  # for each parameter, from which a covariance can be told
+_RIDGE = 1e-3  # of the variances, with the weight of the prior draws, on a covariance
 
 
 @dataclass(frozen=True)
@@ -175,17 +180,19 @@ def fresh_averaging(step_size: Float[Tensor, " chains"]) -> Float[Tensor, "chain
 
 def collect_moments(
     mean: Float[Tensor, "chains P"],
-    spread: Float[Tensor, "chains P"],
+    spread: Float[Tensor, "chains ..."],
     vectors: Float[Tensor, "chains P"],
     now: Phase,
-) -> tuple[Float[Tensor, "chains P"], Float[Tensor, "chains P"]]:
+) -> tuple[Float[Tensor, "chains P"], Float[Tensor, "chains ..."]]:
     """One step of Welford's recursion.
 
     Parameters
     ----------
-    mean, spread
-        ``(chains, P)``: mean and sum of squared deviations in this window so far; what they hold
-        before its first draw is forgotten.
+    mean
+        ``(chains, P)``: of this window so far.
+    spread
+        ``(chains, P)``, sums of squared deviations, or ``(chains, P, P)``, of their outer products.
+        What both hold before the first draw of a window is forgotten.
     vectors
         ``(chains, P)``: the new draw.
     now
@@ -200,30 +207,70 @@ def collect_moments(
         return vectors, torch.zeros_like(spread)
     before = vectors - mean
     mean = torch.add(mean, before, alpha=1 / now.collected)
-    return mean, torch.addcmul(spread, before, vectors - mean)
+    after = vectors - mean
+    if spread.dim() == 2:
+        return mean, torch.addcmul(spread, before, after)
+    return mean, torch.baddbmm(spread, before[..., None], after[:, None])
 
 
 def scale_of_moments(
-    spread: Float[Tensor, "chains P"], scale: Float[Tensor, "chains P"], draws: int
-) -> Float[Tensor, "chains P"]:
-    """Standard deviations from a window, pulled towards their common geometric mean.
+    spread: Float[Tensor, "chains ..."], scale: Float[Tensor, "chains ..."], draws: int
+) -> Float[Tensor, "chains ..."]:
+    """A root of the covariance in a window.
 
     Parameters
     ----------
     spread
-        ``(chains, P)``: sums of squared deviations.
+        Of `collect_moments`.
     scale
-        ``(chains, P)``: kept for entries that did not move.
+        Of the same shape: kept for entries that did not move.
     draws
         In the window.
 
     Returns
     -------
     Tensor
-        ``(chains, P)``.
+        ``(chains, P)``: standard deviations, pulled towards their common geometric mean. Or
+        ``(chains, P, P)``: lower triangular, diagonal if there were fewer than ``2 P`` draws.
     """
     if draws < 2:
         return scale
+    if spread.dim() == 2:
+        return _standard_deviations(spread, scale, draws)
+    lengths = _standard_deviations(
+        spread.diagonal(dim1=-2, dim2=-1), scale.diagonal(dim1=-2, dim2=-1), draws
+    )
+    diagonal = lengths.diag_embed()
+    if draws < _DRAWS_OF_DIRECTION * spread.shape[-1]:
+        return diagonal
+    # In units of the standard deviations: a ridge is then indifferent to units as well.
+    unit = lengths[..., None] * lengths[..., None, :]
+    ridge = _RIDGE * _PRIOR_DRAWS / (draws + _PRIOR_DRAWS)
+    correlations = spread / (draws - 1) / unit
+    correlations.diagonal(dim1=-2, dim2=-1).add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(correlations.double())
+    moved = (spread.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
+    known = (failed == 0) & moved & torch.isfinite(factor).flatten(1).all(1)
+    return torch.where(known[:, None, None], lengths[..., None] * factor.to(lengths), diagonal)
+
+
+def log_lengths(scale: Float[Tensor, "chains ..."]) -> Float[Tensor, "chains P"]:
+    """Logarithms whose sum is that of the determinant of a scale.
+
+    Parameters
+    ----------
+    scale
+        Of `scale_of_moments`.
+
+    Returns
+    -------
+    Tensor
+        ``(chains, P)``.
+    """
+    return (scale if scale.dim() == 2 else scale.diagonal(dim1=-2, dim2=-1)).log()
+
+
+def _standard_deviations(spread: Tensor, scale: Tensor, draws: int) -> Tensor:
     moved = (spread > 0) & torch.isfinite(spread)
     variance = torch.where(moved, spread / (draws - 1), scale * scale)
     weight = _PRIOR_DRAWS / (draws + _PRIOR_DRAWS)

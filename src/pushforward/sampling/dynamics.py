@@ -1,9 +1,10 @@
 """Hamiltonian dynamics of many chains, in units in which every momentum is standard normal.
 
-With a diagonal mass ``m`` and the potential ``U(w)``, write ``r = m^{-1/2} p`` for the momentum and
-``s = m^{-1/2}`` for the scale of the parameters. Then ``H = U(w) + |r|^2 / 2``, ``dw = s r dt`` and
-``dr = -s grad U dt``; the stride ``h s`` is all that a step of length ``h`` has to know of mass and
-step size, and inner products of the mass metric are plain ones.
+With a mass ``M`` and the potential ``U(w)``, choose a scale ``S`` of the parameters with
+``S S^T = M^{-1}`` and write ``r = S^T p`` for the momentum. Then ``H = U(w) + |r|^2 / 2``,
+``dw = S r dt`` and ``dr = -S^T grad U dt``; the stride ``h S`` is all that a step of length ``h``
+has to know of mass and step size, and inner products of the mass metric are plain ones. A diagonal
+scale is kept as its diagonal.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ __all__ = [
     "Point",
     "acceptance_probability",
     "first_step_size",
+    "kicked",
     "kinetic_energy",
     "leapfrog",
+    "moved",
+    "strides",
 ]
 
 LARGEST_ENERGY_ERROR = 1000.0
@@ -70,10 +74,82 @@ def kinetic_energy(momentum: Float[Tensor, "chains P"]) -> Float[Tensor, " chain
     return 0.5 * (momentum * momentum).sum(-1, dtype=torch.float64)
 
 
+def strides(
+    step_size: Float[Tensor, " chains"], scale: Float[Tensor, "#chains ..."]
+) -> Float[Tensor, "chains ..."]:
+    """Step sizes times scales.
+
+    Parameters
+    ----------
+    step_size
+        ``(chains,)``.
+    scale
+        ``(chains, P)``, or matrices ``(chains, P, P)``, or something that broadcasts.
+
+    Returns
+    -------
+    Tensor
+        Of the dtype of `scale`.
+    """
+    return step_size.to(scale.dtype).view(-1, *(1,) * (scale.dim() - 1)) * scale
+
+
+def moved(
+    vectors: Float[Tensor, "chains P"],
+    stride: Float[Tensor, "chains ..."],
+    momentum: Float[Tensor, "chains P"],
+    value: float = 1.0,
+) -> Float[Tensor, "chains P"]:
+    """``w + value h S r``.
+
+    Parameters
+    ----------
+    vectors, momentum
+        ``(chains, P)``.
+    stride
+        ``h S``: ``(chains, P)``, ``(chains, 1)`` or ``(chains, P, P)``.
+    value
+        A factor.
+
+    Returns
+    -------
+    Tensor
+        ``(chains, P)``.
+    """
+    if stride.dim() == 2:
+        return torch.addcmul(vectors, stride, momentum, value=value)
+    return torch.baddbmm(vectors[..., None], stride, momentum[..., None], alpha=value)[..., 0]
+
+
+def kicked(
+    momentum: Float[Tensor, "chains P"],
+    stride: Float[Tensor, "chains ..."],
+    gradient: Float[Tensor, "chains P"],
+    value: float,
+) -> Float[Tensor, "chains P"]:
+    """``r + value h S^T grad U``.
+
+    Parameters
+    ----------
+    momentum, gradient
+        ``(chains, P)``.
+    stride
+        As in `moved`.
+    value
+        A factor: -1 for a whole step.
+
+    Returns
+    -------
+    Tensor
+        ``(chains, P)``.
+    """
+    return moved(momentum, stride if stride.dim() == 2 else stride.mT, gradient, value)
+
+
 def leapfrog(
     potential: Potential,
     point: Point,
-    stride: Float[Tensor, "chains #P"],
+    stride: Float[Tensor, "chains ..."],
     counts: Int[Tensor, " chains"],
 ) -> Point:
     """Follow the dynamics; volume is preserved, and a negated momentum leads back.
@@ -85,7 +161,7 @@ def leapfrog(
     point
         Not changed.
     stride
-        ``(chains, P)`` or ``(chains, 1)``: step size times scale.
+        ``(chains, P)``, ``(chains, 1)`` or ``(chains, P, P)``: step size times scale.
     counts
         ``(chains,)`` steps of each chain, at least 1. All chains go as far as the longest, and
         those that have arrived wait.
@@ -97,27 +173,27 @@ def leapfrog(
     """
     fewest, most = torch.stack(torch.aminmax(counts)).tolist()
     vectors, momentum, gradient, value = point
-    momentum = torch.addcmul(momentum, stride, gradient, value=-0.5)
+    momentum = kicked(momentum, stride, gradient, -0.5)
     for done in range(int(most)):
-        ahead = torch.addcmul(vectors, stride, momentum)
+        ahead = moved(vectors, stride, momentum)
         value_ahead, gradient_ahead = potential.value_and_gradient(ahead)
         if done < fewest:
             vectors, gradient, value = ahead, gradient_ahead, value_ahead
-            momentum = torch.addcmul(momentum, stride, gradient, value=-1.0)
+            momentum = kicked(momentum, stride, gradient, -1.0)
             continue
         moves = done < counts
         wide = moves[:, None]
-        kicked = torch.addcmul(momentum, stride, gradient_ahead, value=-1.0)
+        momentum_ahead = kicked(momentum, stride, gradient_ahead, -1.0)
         vectors, gradient = (
             torch.where(wide, ahead, vectors),
             torch.where(wide, gradient_ahead, gradient),
         )
         momentum, value = (
-            torch.where(wide, kicked, momentum),
+            torch.where(wide, momentum_ahead, momentum),
             torch.where(moves, value_ahead, value),
         )
     # The last kick was a whole one, as between two steps; half of it is taken back.
-    return Point(vectors, torch.addcmul(momentum, stride, gradient, value=0.5), gradient, value)
+    return Point(vectors, kicked(momentum, stride, gradient, 0.5), gradient, value)
 
 
 def acceptance_probability(log_ratio: Float[Tensor, " chains"]) -> Float[Tensor, " chains"]:
@@ -137,7 +213,7 @@ def acceptance_probability(log_ratio: Float[Tensor, " chains"]) -> Float[Tensor,
 
 
 def first_step_size(
-    potential: Potential, point: Point, scale: Float[Tensor, "#chains #P"]
+    potential: Potential, point: Point, scale: Float[Tensor, "#chains ..."]
 ) -> Float[Tensor, " chains"]:
     """A step size at which one step is about as good as wanted, by doubling or halving.
 
@@ -150,7 +226,7 @@ def first_step_size(
     point
         Where the chains begin, with a random momentum.
     scale
-        Of the parameters.
+        Of the parameters, as in `strides`.
 
     Returns
     -------
@@ -162,8 +238,7 @@ def first_step_size(
     once = torch.ones_like(energy, dtype=torch.int64)
     grows = going = None
     for _ in range(_MOST_DOUBLINGS):
-        stride = size.to(scale.dtype)[:, None] * scale
-        ahead = leapfrog(potential, point, stride, once)
+        ahead = leapfrog(potential, point, strides(size, scale), once)
         good = acceptance_probability(energy - ahead.energy) > _FIRST_ACCEPTANCE
         if grows is None or going is None:
             grows, going = good, torch.ones_like(good)

@@ -21,16 +21,19 @@ from pushforward.sampling.adaptation import (
     average_step_size,
     collect_moments,
     fresh_averaging,
+    log_lengths,
     phase,
     scale_of_moments,
 )
-from pushforward.sampling.dynamics import Point, first_step_size
+from pushforward.sampling.dynamics import Point, first_step_size, strides
 from pushforward.sampling.kernel import Kernel, State
 from pushforward.sampling.noise import Noise, NoiseSize
 from pushforward.sampling.potential import Potential
 from pushforward.typing import Params
 
 __all__ = ["AdaptiveKernel", "GradientKernel", "require_positive"]
+
+_MASSES = ("diagonal", "dense", "identity")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,12 +79,18 @@ class GradientKernel(Kernel):
     def bytes_per_chain(self) -> int:
         """Of the potential, and the vectors that a step holds."""
         itemsize = torch.empty((), dtype=self.dtype).element_size()
-        return self.potential.bytes_per_chain + self._held_vectors * self.space.size * itemsize
+        held = self._held_vectors * self.space.size + self._held_entries
+        return self.potential.bytes_per_chain + held * itemsize
 
     @property
     @abstractmethod
     def _held_vectors(self) -> int:
         """How many vectors of one chain are in memory at once."""
+
+    @property
+    def _held_entries(self) -> int:
+        """How many numbers besides."""
+        return 0
 
     def identity(self) -> dict[str, Any]:
         """Name, potential and settings."""
@@ -110,8 +119,12 @@ class AdaptiveKernel(GradientKernel):
     target_acceptance
         That the learned step size aims at.
     mass
-        ``"diagonal"`` learns the standard deviations of the parameters, ``"identity"`` has them all
-        1, and a tensor ``(P,)`` gives the inverse variances themselves.
+        ``"diagonal"`` learns the standard deviations of the parameters. ``"dense"`` learns their
+        covariance, of use where they are strongly correlated and few: memory and time of a step
+        grow with ``P^2``. It is taken from windows with at least ``2 P`` draws, which wants a
+        warm-up of some ``4 P`` steps; shorter ones leave standard deviations. ``"identity"`` learns
+        nothing. A tensor gives the mass itself: inverse variances ``(P,)`` or an inverse covariance
+        ``(P, P)``.
 
     Raises
     ------
@@ -137,19 +150,22 @@ class AdaptiveKernel(GradientKernel):
         self._check_mass()
 
     def _check_mass(self) -> None:
+        size = self.space.size
         if isinstance(self.mass, Tensor):
-            good = self.mass.shape == (self.space.size,) and self.mass.is_floating_point()
-            if not (good and bool((torch.isfinite(self.mass) & (self.mass > 0)).all())):
+            good = self.mass.shape in {(size,), (size, size)} and self.mass.is_floating_point()
+            if not (good and _is_positive(self.mass)):
                 raise OptionError(
-                    f"a tensor {tuple(self.mass.shape)} that is no diagonal of a mass matrix",
+                    f"a tensor {tuple(self.mass.shape)} that is no mass matrix, or its diagonal",
                     where="mass",
-                    advice=f"Give {self.space.size} positive numbers: inverse variances.",
+                    advice=f"Give {size} positive numbers, inverse variances, or a positive "
+                    f"definite matrix ({size}, {size}).",
                 )
-        elif self.mass not in {"diagonal", "identity"}:
+        elif self.mass not in _MASSES:
             raise OptionError(
                 f"there is no mass {self.mass!r}",
                 where="mass",
-                advice="Choose 'diagonal' or 'identity', or give a tensor of inverse variances.",
+                advice=f"Choose one of {', '.join(_MASSES)}, or give a tensor of inverse "
+                "variances or an inverse covariance.",
             )
 
     @property
@@ -170,9 +186,10 @@ class AdaptiveKernel(GradientKernel):
             "divergent": torch.zeros_like(value),
         }
         if self._learns_scale:
-            state["scale"] = torch.ones_like(vectors)
+            ones = torch.ones_like(vectors)
+            state["scale"] = ones.diag_embed() if self.mass == "dense" else ones
             state["moments_mean"] = torch.zeros_like(vectors)
-            state["moments_spread"] = torch.zeros_like(vectors)
+            state["moments_spread"] = torch.zeros_like(state["scale"])
         if self.step_size is None:
             point = Point(vectors, noise.normals[:, own:], gradient, value)
             size = self._of_leapfrog(first_step_size(self.potential, point, self._scale(state)))
@@ -180,6 +197,11 @@ class AdaptiveKernel(GradientKernel):
         else:
             size = torch.full_like(value, self.step_size)
         return state | {"step_size": size}
+
+    @property
+    def _held_entries(self) -> int:
+        """Scale, stride and moments, where they are matrices."""
+        return 4 * self.space.size**2 if self.mass == "dense" else 0
 
     def warm_up(self, state: State, noise: Noise, step: int, total: int) -> State:
         """Move every chain once; learn its step size, and its scale in the slow windows."""
@@ -194,22 +216,23 @@ class AdaptiveKernel(GradientKernel):
         return size
 
     def _scale(self, state: State) -> Tensor:
-        """Standard deviations of the parameters, ``(chains, P)`` or something that broadcasts."""
+        """A root of the inverse mass, as `strides` takes it."""
         return state.get("scale", self._fixed_scale)
 
     @property
     def _learns_scale(self) -> bool:
-        return isinstance(self.mass, str) and self.mass == "diagonal"
+        return isinstance(self.mass, str) and self.mass != "identity"
 
     @cached_property
     def _fixed_scale(self) -> Tensor:
-        if isinstance(self.mass, Tensor):
-            return self.mass.to(self.device, torch.float64).rsqrt().to(self.dtype)[None]
-        return torch.ones(1, 1, dtype=self.dtype, device=self.device)
+        if not isinstance(self.mass, Tensor):
+            return torch.ones(1, 1, dtype=self.dtype, device=self.device)
+        mass = self.mass.to(self.device, torch.float64)
+        return (mass.rsqrt() if mass.dim() == 1 else _inverse_root(mass)).to(self.dtype)[None]
 
-    def _stride(self, state: State) -> Float[Tensor, "chains #P"]:
+    def _stride(self, state: State) -> Float[Tensor, "chains ..."]:
         """Step size times scale."""
-        return state["step_size"].to(self.dtype)[:, None] * self._scale(state)
+        return strides(state["step_size"], self._scale(state))
 
     def _learn(self, state: State, now: Phase) -> State:
         learned: State = {}
@@ -230,7 +253,8 @@ class AdaptiveKernel(GradientKernel):
                 learned["scale"] = scale_of_moments(spread, state["scale"], now.collected)
                 if self.step_size is None:
                     # The same steps in the new units, as far as one number can say it.
-                    shrinks = (state["scale"].log() - learned["scale"].log()).mean(-1)
+                    before, after = (log_lengths(s["scale"]) for s in (state, learned))
+                    shrinks = (before - after).mean(-1)
                     factor = self._of_leapfrog(shrinks.to(torch.float64).exp())
                     learned["step_size"] = learned["step_size"] * factor
         return state | learned
@@ -242,6 +266,22 @@ class AdaptiveKernel(GradientKernel):
             "target_acceptance": self.target_acceptance,
             "mass": mass,
         }
+
+
+def _is_positive(mass: Tensor) -> bool:
+    if not bool(torch.isfinite(mass).all()):
+        return False
+    if mass.dim() == 1:
+        return bool((mass > 0).all())
+    symmetric = torch.allclose(mass, mass.mT, rtol=1e-4, atol=1e-6 * float(mass.abs().max()))
+    return symmetric and int(torch.linalg.cholesky_ex(mass.double()).info) == 0
+
+
+def _inverse_root(mass: Float[Tensor, "P P"]) -> Float[Tensor, "P P"]:
+    """``S`` with ``S S^T = M^{-1}``."""
+    factor = torch.linalg.cholesky(mass)
+    unit = torch.eye(len(mass), dtype=mass.dtype, device=mass.device)
+    return torch.linalg.solve_triangular(factor.mT, unit, upper=True)
 
 
 def require_positive(value: float, where: str) -> None:

@@ -59,7 +59,9 @@ class HMC(AdaptiveKernel):
         That the learned step size aims at.
     mass
         ``"diagonal"``: the standard deviations of the parameters are learned in the warm-up.
-        ``"identity"``: they are taken as 1. A tensor ``(P,)``: inverse variances.
+        ``"dense"``: their covariance, by windows with twice as many draws as parameters.
+        ``"identity"``: the identity. A tensor: inverse variances ``(P,)``, or an inverse covariance
+        ``(P, P)``.
 
     Raises
     ------

@@ -2,8 +2,8 @@
 
 Roberts and Tweedie (1996). A step of size ``eps`` proposes ``w' = w - (eps / 2) s^2 grad U(w) +
 sqrt(eps) s N`` with ``N`` standard normal and ``s`` the scale of the parameters, in the convention
-of SGLD, whose exact counterpart it is. It is accepted with the ratio of target times proposal, both
-ways round.
+of SGLD, whose exact counterpart it is. That is one leapfrog step of length ``sqrt(eps)`` with ``N``
+for a momentum, and the ratio of target times proposal, both ways round, is that of the energies.
 """
 
 from __future__ import annotations
@@ -11,15 +11,20 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from pushforward.sampling.dynamics import LARGEST_ENERGY_ERROR, acceptance_probability
+from pushforward.sampling.dynamics import (
+    LARGEST_ENERGY_ERROR,
+    Point,
+    acceptance_probability,
+    leapfrog,
+    strides,
+)
 from pushforward.sampling.gradient_kernel import AdaptiveKernel
 from pushforward.sampling.kernel import State
 from pushforward.sampling.noise import Noise, NoiseSize
 
-__all__ = ["MALA", "langevin_log_ratio"]
+__all__ = ["MALA"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +43,9 @@ class MALA(AdaptiveKernel):
         Rosenthal 1998).
     mass
         ``"diagonal"``: the standard deviations of the parameters are learned in the warm-up.
-        ``"identity"``: they are taken as 1. A tensor ``(P,)``: inverse variances.
+        ``"dense"``: their covariance, by windows with twice as many draws as parameters.
+        ``"identity"``: the identity. A tensor: inverse variances ``(P,)``, or an inverse covariance
+        ``(P, P)``.
 
     Raises
     ------
@@ -62,21 +69,17 @@ class MALA(AdaptiveKernel):
 
     def step(self, state: State, noise: Noise) -> State:
         """One proposal to every chain and its acceptance."""
-        vectors, gradient, value = state["vectors"], state["gradient"], state["potential"]
-        size, scale = state["step_size"], self._scale(state)
-        stride = size.sqrt().to(self.dtype)[:, None] * scale
-        proposal = vectors + stride * torch.add(noise.normals, stride * gradient, alpha=-0.5)
-        value_there, gradient_there = self.potential.value_and_gradient(proposal)
-        log_ratio = langevin_log_ratio(
-            vectors, gradient, value, proposal, gradient_there, value_there, size, scale
-        )
+        here = Point(state["vectors"], noise.normals, state["gradient"], state["potential"])
+        stride = strides(state["step_size"].sqrt(), self._scale(state))
+        there = leapfrog(self.potential, here, stride, torch.ones_like(here.value).long())
+        log_ratio = here.energy - there.energy
         acceptance = acceptance_probability(log_ratio)
         accepted = noise.uniforms[:, 0] < acceptance
         wide = accepted[:, None]
         return state | {
-            "vectors": torch.where(wide, proposal, vectors),
-            "gradient": torch.where(wide, gradient_there, gradient),
-            "potential": torch.where(accepted, value_there, value),
+            "vectors": torch.where(wide, there.vectors, here.vectors),
+            "gradient": torch.where(wide, there.gradient, here.gradient),
+            "potential": torch.where(accepted, there.value, here.value),
             "acceptance": acceptance,
             "divergent": (~(log_ratio > -LARGEST_ENERGY_ERROR)).to(acceptance.dtype),
         }
@@ -84,44 +87,3 @@ class MALA(AdaptiveKernel):
     def _of_leapfrog(self, size: Tensor) -> Tensor:
         """A Langevin step of ``eps`` is a leapfrog step of ``sqrt(eps)``."""
         return size.square()
-
-
-def langevin_log_ratio(
-    vectors: Float[Tensor, "chains P"],
-    gradient: Float[Tensor, "chains P"],
-    value: Float[Tensor, " chains"],
-    proposal: Float[Tensor, "chains P"],
-    proposal_gradient: Float[Tensor, "chains P"],
-    proposal_value: Float[Tensor, " chains"],
-    step_size: Float[Tensor, " chains"],
-    scale: Float[Tensor, "#chains #P"],
-) -> Float[Tensor, " chains"]:
-    """Log of the Metropolis-Hastings ratio of a Langevin proposal.
-
-    ``U(w) - U(w') + log q(w | w') - log q(w' | w)`` with ``q(b | a)`` normal around ``a - (eps / 2)
-    s^2 grad U(a)`` with variances ``eps s^2``. As a diagnostic of SGLD, both points have to be
-    evaluated on the same batch.
-
-    Parameters
-    ----------
-    vectors, gradient, value
-        ``(chains, P)``, ``(chains, P)`` and ``(chains,)``: where chains are, ``grad U`` and ``U``.
-    proposal, proposal_gradient, proposal_value
-        The same where they would go.
-    step_size
-        ``(chains,)``: ``eps``.
-    scale
-        Of the parameters: ``s``.
-
-    Returns
-    -------
-    Tensor
-        ``(chains,)`` float64, NaN or infinite where a potential is.
-    """
-    # Residuals of both proposals in units of eps s^2; their difference is that of the squares.
-    half_drift = 0.5 * step_size.to(vectors.dtype)[:, None] * scale
-    move = (proposal - vectors) / scale
-    forth = torch.addcmul(move, half_drift, gradient)
-    back = torch.addcmul(-move, half_drift, proposal_gradient)
-    squares = (forth * forth - back * back).sum(-1, dtype=torch.float64)
-    return value - proposal_value + squares / (2 * step_size)

@@ -23,7 +23,10 @@ from pushforward.errors import OptionError
 from pushforward.sampling.dynamics import (
     LARGEST_ENERGY_ERROR,
     Point,
+    kicked,
     kinetic_energy,
+    moved,
+    strides,
 )
 from pushforward.sampling.gradient_kernel import AdaptiveKernel
 from pushforward.sampling.kernel import State
@@ -58,7 +61,9 @@ class NUTS(AdaptiveKernel):
         That the learned step size aims at: the mean over a trajectory.
     mass
         ``"diagonal"``: the standard deviations of the parameters are learned in the warm-up.
-        ``"identity"``: they are taken as 1. A tensor ``(P,)``: inverse variances.
+        ``"dense"``: their covariance, by windows with twice as many draws as parameters.
+        ``"identity"``: the identity. A tensor: inverse variances ``(P,)``, or an inverse covariance
+        ``(P, P)``.
 
     Raises
     ------
@@ -104,7 +109,7 @@ class NUTS(AdaptiveKernel):
     def step(self, state: State, noise: Noise) -> State:
         """One trajectory of every chain and a point of it."""
         here = Point(state["vectors"], noise.normals, state["gradient"], state["potential"])
-        tree = _Tree.root(here, self._stride(state).expand_as(here.vectors), noise.uniforms)
+        tree = _Tree.root(here, self._stride(state), noise.uniforms)
         rows = torch.arange(len(here.vectors), device=here.vectors.device)
         results = {name: tensor.clone() for name, tensor in tree.results().items()}
         for depth in range(self.max_depth):
@@ -218,7 +223,7 @@ def _doubled(
     wide = forward[:, None]
     near = Point(*(_where(forward, r, l) for l, r in zip(tree.left, tree.right, strict=True)))
     far_momentum = torch.where(wide, tree.left.momentum, tree.right.momentum)
-    stride = torch.where(wide, tree.stride, -tree.stride)
+    stride = strides(torch.where(forward, 1.0, -1.0), tree.stride)
     new = _subtree(potential, near, stride, tree.energy, within, 2**depth)
 
     taken = new.whole & (between < (new.log_weight - tree.log_weight).exp())
@@ -261,7 +266,7 @@ def _subtree(
     # Chains whose subtree is lost walk on until all are: what they find is not used.
     vectors, momentum, gradient, value = start
     # Half a kick behind the positions, where the leapfrog integrator needs it.
-    kicked = torch.addcmul(momentum, stride, gradient, value=-0.5)
+    ahead = kicked(momentum, stride, gradient, -0.5)
     whole = torch.ones_like(energy, dtype=torch.bool)
     divergent = torch.zeros_like(whole)
     steps, acceptance_sum = torch.zeros_like(energy), torch.zeros_like(energy)
@@ -270,10 +275,10 @@ def _subtree(
     chosen, first, stack = start, momentum, list[_Leaf]()
     for leaf in range(leaves):
         before = _Leaf(momentum, momentum, momentum_sum)
-        vectors = torch.addcmul(vectors, stride, kicked)
+        vectors = moved(vectors, stride, ahead)
         value, gradient = potential.value_and_gradient(vectors)
-        momentum = torch.addcmul(kicked, stride, gradient, value=-0.5)
-        kicked = torch.addcmul(kicked, stride, gradient, value=-1.0)
+        momentum = kicked(ahead, stride, gradient, -0.5)
+        ahead = kicked(ahead, stride, gradient, -1.0)
         momentum_sum = momentum_sum + momentum
         here = Point(vectors, momentum, gradient, value)
 
