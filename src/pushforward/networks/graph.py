@@ -23,12 +23,13 @@ from torch import Tensor, fx, nn
 
 from pushforward.errors import NetworkError, UnsupportedLayerError
 from pushforward.gaussians.activations import Activation, identity
+from pushforward.networks.form_reader import trace_forms
+from pushforward.networks.forms import Atom, Form
 from pushforward.networks.linear_maps import (
     Block,
     Identity,
     JointMap,
 )
-from pushforward.networks.tracing import Atom, Form, trace_forms
 
 __all__ = ["AffineMap", "NetworkGraph", "Stage", "UnitGroup", "read_network"]
 
