@@ -137,10 +137,12 @@ TARGETS: dict[str, Callable[[], Target]] = {
 }
 
 
-def ours(target: Target, sampler: str, chains: int, warmup: int, draws: int) -> dict[str, Any]:
+def ours(
+    target: Target, sampler: str, mass: str, chains: int, warmup: int, draws: int
+) -> dict[str, Any]:
     start = {"x": torch.zeros(target.size, dtype=torch.float64)}
     potential = pf.Potential.of_density(target.torch_log_density, start, batched=True)
-    kernel = pf.NUTS(potential) if sampler == "NUTS" else pf.HMC(potential)
+    kernel = {"NUTS": pf.NUTS, "HMC": pf.HMC}[sampler](potential, mass=mass)
     began = perf_counter()
     run = pf.sample(
         kernel, num_draws=draws, num_chains=chains, num_warmup=warmup, seed=1, progress=False
@@ -148,7 +150,9 @@ def ours(target: Target, sampler: str, chains: int, warmup: int, draws: int) -> 
     return _judged(run.parameters["x"].numpy(), perf_counter() - began, target)
 
 
-def blackjax_nuts(target: Target, chains: int, warmup: int, draws: int) -> dict[str, Any]:
+def blackjax_nuts(
+    target: Target, mass: str, chains: int, warmup: int, draws: int
+) -> dict[str, Any]:
     import blackjax
     import jax
     import jax.numpy as jnp
@@ -156,7 +160,9 @@ def blackjax_nuts(target: Target, chains: int, warmup: int, draws: int) -> dict[
     def one(key: Any) -> Any:
         first, second, third = jax.random.split(key, 3)
         position = jax.random.normal(first, (target.size,))
-        adaptation = blackjax.window_adaptation(blackjax.nuts, target.jax_log_density)
+        adaptation = blackjax.window_adaptation(
+            blackjax.nuts, target.jax_log_density, is_mass_matrix_diagonal=mass == "diagonal"
+        )
         (state, settings), _ = adaptation.run(second, position, num_steps=warmup)
         kernel = blackjax.nuts(target.jax_log_density, **settings).step
 
@@ -201,6 +207,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--warmup", type=int, default=500)
     parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument(
+        "--masses", nargs="+", choices=("diagonal", "dense"), default=["diagonal", "dense"]
+    )
     parser.add_argument("--quick", action="store_true", help="the Gaussian, few draws")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for samplers.json")
     options = parser.parse_args(argv)
@@ -215,19 +224,25 @@ def main(argv: list[str] | None = None) -> int:
     warmup, draws = (50, 50) if options.quick else (options.warmup, options.draws)
     targets = [gaussian(20)] if options.quick else [TARGETS[name]() for name in options.targets]
     rows = []
-    print(f"{'target':36}{'sampler':16}{'seconds':>9}{'ESS':>8}{'ESS/s':>9}{'R-hat':>8}")
+    print(f"{'target':36}{'sampler':24}{'seconds':>9}{'ESS':>8}{'ESS/s':>9}{'R-hat':>8}")
     for target in targets:
-        runs: dict[str, Callable[[], dict[str, Any]]] = {
-            name: lambda t=target, s=name: ours(t, s, options.chains, warmup, draws)
+        numbers = (options.chains, warmup, draws)
+        runs: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
+            (name, mass): lambda t=target, s=name, m=mass: ours(t, s, m, *numbers)
+            for mass in options.masses
             for name in ("NUTS", "HMC")
         }
         if options.rival:
-            runs["BlackJAX NUTS"] = lambda t=target: blackjax_nuts(t, options.chains, warmup, draws)
-        for name, run in runs.items():
-            row = {"target": target.name, "sampler": name} | run()
+            runs |= {
+                ("BlackJAX NUTS", mass): lambda t=target, m=mass: blackjax_nuts(t, m, *numbers)
+                for mass in options.masses
+            }
+        for (sampler, mass), run in runs.items():
+            name = f"{sampler}, {mass}"
+            row = {"target": target.name, "sampler": sampler, "mass": mass} | run()
             rows.append(row)
             print(
-                f"{target.name:36}{name:16}{row['seconds']:9.1f}{row['effective']:8.0f}"
+                f"{target.name:36}{name:24}{row['seconds']:9.1f}{row['effective']:8.0f}"
                 f"{row['a second']:9.1f}{row['r_hat']:8.3f}",
                 flush=True,
             )
