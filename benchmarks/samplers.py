@@ -223,10 +223,10 @@ def main(argv: list[str] | None = None) -> int:
         jax.config.update("jax_enable_x64", True)
     warmup, draws = (50, 50) if options.quick else (options.warmup, options.draws)
     targets = [gaussian(20)] if options.quick else [TARGETS[name]() for name in options.targets]
+    numbers = (options.chains, warmup, draws)
     rows = []
     print(f"{'target':36}{'sampler':24}{'seconds':>9}{'ESS':>8}{'ESS/s':>9}{'R-hat':>8}")
     for target in targets:
-        numbers = (options.chains, warmup, draws)
         runs: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
             (name, mass): lambda t=target, s=name, m=mass: ours(t, s, m, *numbers)
             for mass in options.masses
