@@ -185,7 +185,25 @@ def test_precisions_of_the_prior_keep_their_digits():
 
 
 @pytest.mark.wrong_types
-@pytest.mark.parametrize("seeds", [2.5, np.int64(2), "ab", None])
+def test_seeds_may_be_numbers_of_numpy(tmp_path):
+    def run(seeds):
+        problem = pf.TeacherStudent(noisy(), np.int64(10), np.int64(10))
+        return pf.thermalize(
+            problem,
+            lambda i: pf.gibbs(i.model, i.inputs, i.targets),
+            budget=np.int64(64),
+            seeds=seeds,
+            checkpoint=tmp_path,
+        )
+
+    found = run(np.int64(2))
+    assert [one.seed for one in found.instances] == [0, 1]
+    again = run([np.int64(0), 1])  # the same run by its checkpoint
+    assert again.success == found.success
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize("seeds", [2.5, True, "ab", None])
 def test_seeds_of_another_kind_are_refused(seeds):
     problem = pf.TeacherStudent(noisy(), 10, 10)
     with pytest.raises(OptionError, match=r"^seeds:"):

@@ -232,8 +232,14 @@ def test_a_step_size_that_rejects_everything_gets_advice(
         (["sample", *NETWORK, "--data", "no.npz", *FILES[2:]], ["no.npz"]),
         (["sample", "sampled_factories:smooth", *FILES, "--noise", "1"], ["LayerNorm"]),
         (["sample", "sampled_factories:Own", *FILES, "--noise", "1"], ["nn.Sequential"]),
-        (["sample", *NETWORK, *FILES, "--noise", "0"], ["0.0 is not a variance", "positive"]),
-        (["sample", *NETWORK, *FILES, "--noise", "1", "-1"], ["-1.0 is not a variance"]),
+        (
+            ["sample", *NETWORK, *FILES, "--noise", "0"],
+            ["preactivation_noise: 0.0 is out of range", "positive"],
+        ),
+        (
+            ["sample", *NETWORK, *FILES, "--noise", "1", "-1"],
+            ["postactivation_noise: -1.0 is out of range"],
+        ),
         (["sample", *NETWORK, *FILES, "--noise", "1", "1", "1"], ["3 numbers"]),
         (["sample", *NETWORK, *FILES, "--noise", "1", "--subset", "2"], ["--subset"]),
         (["sample", *NETWORK, *FILES, "--noise", "1", "--step-size", "1"], ["--step-size"]),

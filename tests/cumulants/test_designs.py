@@ -286,5 +286,5 @@ def test_designs_are_found_by_name():
         assert resolve_design(name).name == name
     own = Sobol(replicates=4)
     assert resolve_design(own) is own
-    with pytest.raises(OptionError, match="frames, antithetic, sobol, plain"):
+    with pytest.raises(OptionError, match="'frames', 'antithetic', 'sobol', 'plain'"):
         resolve_design("lattice")

@@ -85,11 +85,14 @@ def test_the_answer_is_reproducible_and_json():
 
 
 @pytest.mark.parametrize(
-    ("tolerance", "max_samples"),
-    [(0.0, 100), (-1.0, 100), (math.nan, 100), (math.inf, 100), (0.1, -1), (0.1, True)],
+    ("tolerance", "max_samples", "where"),
+    [
+        *((bad, 100, "tolerance") for bad in (0.0, -1.0, math.nan, math.inf)),
+        *((0.1, bad, "max_samples") for bad in (-1, True)),
+    ],
 )
-def test_unusable_goals_are_refused(tolerance, max_samples):
-    with pytest.raises(OptionError, match="tolerance"):
+def test_unusable_goals_are_refused(tolerance, max_samples, where):
+    with pytest.raises(OptionError, match=f"^{where}: "):
         expect(net_of(8, 4, 1), LAW, tolerance, max_samples=max_samples)
 
 

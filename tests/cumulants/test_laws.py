@@ -203,7 +203,7 @@ def test_kinds_of_covariance_of_data():
     isotropic = GaussianLaw.from_data(_batches(20, 37), covariance="isotropic")
     assert isotropic.covariance.dim() == 0
     assert isotropic.covariance.item() == pytest.approx(np.diag(full).mean())
-    with pytest.raises(OptionError, match="covariance='spherical'"):
+    with pytest.raises(OptionError, match="no covariance 'spherical'"):
         GaussianLaw.from_data(DATA, covariance="spherical")
 
 

@@ -798,23 +798,22 @@ def test_strongly_correlated_units_are_counted_and_treated():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"order": 4}, "order=4"),
-        ({"order": 0}, "order=0"),
-        ({"order": "2"}, "order='2'"),
-        ({"metric": "none"}, "metric='none'"),
-        ({"variance": "full", "order": 1}, "variance='full'"),
-        ({"exact_above": 1.5}, "exact_above=1.5"),
-        ({"exact_above": -0.1}, "exact_above=-0.1"),
-        ({"augmented": True, "order": 3}, "augmented=True with order=3"),
-        ({"augmented": True, "order": 1}, "augmented=True with order=1"),
-        ({"angular": True}, "angular=True"),
+        ({"order": 4}, "^order: 4 is out of range"),
+        ({"order": 0}, "^order: 0 is out of range"),
+        ({"order": "2"}, "^order: '2' is no whole number"),
+        ({"metric": "none"}, "^metric: there is no metric 'none'"),
+        ({"variance": "full", "order": 1}, "^variance: there is no variance 'full'"),
+        ({"exact_above": 1.5}, r"^exact_above: 1\.5 is out of range"),
+        ({"exact_above": -0.1}, r"^exact_above: -0\.1 is out of range"),
+        ({"augmented": True, "order": 3}, "^propagate: augmented=True with order=3"),
+        ({"augmented": True, "order": 1}, "^propagate: augmented=True with order=1"),
+        ({"angular": True}, "^propagate: angular=True"),
     ],
 )
 def test_unusable_options_are_refused(options, message):
     net, law = he_network(6, 2, bias=0.1), standard_law(6)
-    with pytest.raises(OptionError, match=message) as caught:
+    with pytest.raises(OptionError, match=message):
         propagate(net, law, **options)
-    assert caught.value.where == "propagate"
 
 
 def test_laws_that_do_not_fit_are_refused():

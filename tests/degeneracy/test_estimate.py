@@ -1,9 +1,11 @@
 """``pf.learning_coefficient``: what its options do, what it leaves alone, and what it refuses."""
 
+import json
 from copy import deepcopy
 from math import isnan, log
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -36,6 +38,22 @@ def test_seeds_repeat_and_differ():
     net, data, _ = regression()
     assert same(quick(net, data), quick(net, data))
     assert float(quick(net, data, seed=1)) != float(quick(net, data))
+
+
+@pytest.mark.wrong_types
+def test_numbers_of_numpy_are_as_good():
+    net, data, _ = regression()
+    plain = quick(net, data, nbeta=4.0, localization=0.5, step_size=0.25, num_draws=20)
+    theirs = quick(
+        net,
+        data,
+        nbeta=np.float32(4),
+        localization=np.float64(0.5),
+        step_size=np.float32(0.25),
+        num_draws=np.int64(20),
+    )
+    assert same(theirs, plain)
+    assert json.loads(json.dumps(theirs.to_dict()))["value"] == float(plain)
 
 
 def test_the_network_is_left_as_it_was():

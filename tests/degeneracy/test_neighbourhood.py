@@ -497,7 +497,7 @@ def test_shuffled_data_are_refused():
 @pytest.mark.parametrize("size", [0, -1, 101])
 def test_batches_that_there_are_not(size):
     net, data, _ = regression()
-    with pytest.raises(OptionError, match=rf"batch_size: {size} of 100 examples"):
+    with pytest.raises(OptionError, match=rf"^batch_size: {size} is out of range.* from 1 to 100"):
         neighbourhood(net, data, batch_size=size)
 
 

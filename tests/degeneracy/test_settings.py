@@ -21,8 +21,8 @@ def test_numbers_have_to_be_positive(name, value):
 @pytest.mark.parametrize(
     ("name", "value", "choices"),
     [
-        ("metric", "fisher", "euclidean, layerwise"),
-        ("sampler", "nuts", "auto, langevin, sgld, hmc, mala"),
+        ("metric", "fisher", "'euclidean', 'layerwise'"),
+        ("sampler", "nuts", "'auto', 'langevin', 'sgld', 'hmc', 'mala'"),
     ],
 )
 def test_names_that_there_are_not(name, value, choices):
@@ -58,7 +58,7 @@ def test_counts_are_integers(name, value):
 @pytest.mark.wrong_types
 @pytest.mark.parametrize("value", [None, True, "small", [0.1]])
 def test_step_sizes_are_numbers(value):
-    with pytest.raises(OptionError, match=r"step_size: .* is no step size"):
+    with pytest.raises(OptionError, match=r"^step_size: .* is no number"):
         Settings(step_size=value)
 
 

@@ -1,5 +1,6 @@
 """Pruning and quantisation: which entries change, to what, and what is refused."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -91,6 +92,16 @@ def test_tensors_by_name_do_as_well():
     whole = {"steps": torch.tensor([[3, 1]]), "none": torch.zeros(0, 3)}
     assert torch.equal(quantised(whole, 4)["steps"], whole["steps"])
     assert quantised(whole, 4)["none"].shape == (0, 3)
+
+
+@pytest.mark.wrong_types
+def test_numbers_of_numpy_are_as_good():
+    net = network()
+    for one, two in (
+        (quantised(net, np.int64(4)), quantised(net, 4)),
+        (pruned(net, np.float32(0.5)), pruned(net, 0.5)),
+    ):
+        assert all(torch.equal(one[name], two[name]) for name in two)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])

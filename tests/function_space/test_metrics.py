@@ -50,5 +50,5 @@ def test_discrepancies_are_positive(metric):
 
 @pytest.mark.wrong_types
 def test_unknown_metrics_are_refused():
-    with pytest.raises(OptionError, match="unknown metric 'l2'"):
+    with pytest.raises(OptionError, match="there is no metric 'l2'"):
         discrepancy(*_rows(), "l2")

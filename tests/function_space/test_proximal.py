@@ -87,7 +87,7 @@ def test_changes_of_losses_and_outputs(case):
 
 def test_refusals(case):
     example = (case.x[0], case.y[0])
-    with pytest.raises(OptionError, match="unknown removal"):
+    with pytest.raises(OptionError, match="there is no removal 'all'"):
         proximal_response(case.measure, example, case.loss, damping=0.1, removal="all")
     with pytest.raises(OptionError, match="Give a positive number"):
         proximal_response(case.measure, example, case.loss, damping=0.0)

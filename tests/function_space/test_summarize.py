@@ -200,7 +200,7 @@ def test_networks_that_are_no_chain_are_run_on_drawn_inputs():
     [
         ({"clusters": 2, "classes": "targets"}, "both classes and clusters"),
         ({"input_moments": 0}, "positive rank"),
-        ({"batch_size": 0}, "0 examples"),
+        ({"batch_size": 0}, "^batch_size: 0"),
     ],
 )
 def test_bad_options_are_refused(options, message):

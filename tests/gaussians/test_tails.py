@@ -172,7 +172,7 @@ def test_quantile_refuses_improbable_probabilities(q):
 
 
 def test_an_unknown_method_is_named():
-    with pytest.raises(OptionError, match=r"'normal'.*Use one of 'saddlepoint'"):
+    with pytest.raises(OptionError, match=r"'normal'.*Choose one of 'saddlepoint'"):
         tail_probability(*f64(0.0, 0.0, 1.0), method="normal")
 
 

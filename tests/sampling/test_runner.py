@@ -4,6 +4,7 @@ import json
 import re
 import signal
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,7 +12,9 @@ from torch import nn
 from pushforward.errors import OptionError, ResourceError, SamplingError, ShapeError, WeightsError
 from pushforward.runs.store import Checkpoint
 from pushforward.sampling import runner
+from pushforward.sampling.hmc import HMC
 from pushforward.sampling.potential import Potential
+from pushforward.sampling.runner import sample
 from sampling_kernels import (
     MEAN,
     STD,
@@ -537,6 +540,27 @@ def test_options_out_of_range_are_refused(name, value):
 def test_options_of_a_wrong_type_are_refused(name, value):
     with pytest.raises(OptionError, match=name):
         run(**{name: value})
+
+
+@pytest.mark.wrong_types
+def test_numbers_of_numpy_are_as_good(tmp_path):
+    plain = run(num_draws=8, num_chains=2, num_warmup=4, thin=2, seed=3)
+    counts = {"num_draws": 8, "num_chains": 2, "num_warmup": 4, "thin": 2, "seed": 3}
+    found = run(**{name: np.int64(count) for name, count in counts.items()}, checkpoint=tmp_path)
+    assert torch.equal(found.parameters["layer.w"], plain.parameters["layer.w"])
+    again = run(**counts, checkpoint=tmp_path)  # the same run by its checkpoint
+    assert torch.equal(again.parameters["layer.w"], plain.parameters["layer.w"])
+
+
+@pytest.mark.wrong_types
+def test_settings_of_kernels_may_be_numbers_of_numpy(tmp_path):
+    potential = Potential.of_density(lambda p: -(p["x"] ** 2).sum() / 2, {"x": torch.zeros(2)})
+    theirs = HMC(potential, step_size=np.float32(0.5), num_steps=np.int64(4), jitter=np.float32(0))
+    ours = HMC(potential, step_size=0.5, num_steps=4, jitter=0.0)
+    assert json.dumps(theirs.identity()) == json.dumps(ours.identity())
+    options = {"num_draws": 5, "num_chains": 2, "num_warmup": 3}
+    one = sample(theirs, **options, checkpoint=tmp_path).parameters["x"]
+    assert torch.equal(one, sample(ours, **options).parameters["x"])
 
 
 @pytest.mark.wrong_types

@@ -36,6 +36,7 @@ from scipy import special
 from torch import Tensor
 
 from pushforward.errors import OptionError
+from pushforward.options import choice, whole_number
 from pushforward.runs.rng import stream
 
 __all__ = [
@@ -237,12 +238,7 @@ class Frames:
     name: ClassVar[str] = "frames"
 
     def __post_init__(self) -> None:
-        if self.radii not in {"stratified", "independent", "shared"}:
-            raise OptionError(
-                f"there are no {self.radii!r} radii",
-                where="Frames.radii",
-                advice="Choose 'stratified', 'independent' or 'shared'.",
-            )
+        choice(self.radii, "radii", ("stratified", "independent", "shared"))
 
     def layout(self, dimension: int, num_samples: int, max_block: int) -> Layout:
         return _whole_units(self.name, dimension, 2 * dimension, num_samples, max_block)
@@ -301,12 +297,9 @@ class Sobol:
     name: ClassVar[str] = "sobol"
 
     def __post_init__(self) -> None:
-        if self.replicates < 2:
-            raise OptionError(
-                f"{self.replicates} replicates leave no variance to estimate",
-                where="Sobol.replicates",
-                advice="Use at least 2, better 16.",
-            )
+        advice = "Use at least 2, which leave a variance to estimate, better 16."
+        replicates = whole_number(self.replicates, "replicates", least=2, advice=advice)
+        object.__setattr__(self, "replicates", replicates)
 
     def layout(self, dimension: int, num_samples: int, max_block: int) -> Layout:
         if dimension > _SOBOL_DIMENSIONS:
@@ -389,13 +382,7 @@ def resolve_design(design: DesignName | Design) -> Design:
     """
     if not isinstance(design, str):
         return design
-    if design not in _DESIGNS:
-        raise OptionError(
-            f"there is no design {design!r}",
-            where="design",
-            advice=f"Choose one of {', '.join(_DESIGNS)}.",
-        )
-    return _DESIGNS[design]
+    return _DESIGNS[choice(design, "design", _DESIGNS)]
 
 
 def _whole_units(

@@ -13,8 +13,9 @@ from pushforward.cumulants.laws import GaussianLaw
 from pushforward.cumulants.monte_carlo import monte_carlo
 from pushforward.cumulants.output import OutputLaw
 from pushforward.cumulants.propagation import propagate
-from pushforward.errors import OptionError, ShapeError
+from pushforward.errors import ShapeError
 from pushforward.networks.graph import read_network
+from pushforward.options import number, whole_number
 from pushforward.runs.estimate import Check, Cost, Estimate
 
 __all__ = ["expect"]
@@ -77,13 +78,8 @@ def expect(
     True
     """
     start = time.perf_counter()
-    whole = isinstance(max_samples, int) and not isinstance(max_samples, bool)
-    if not (tolerance > 0 and math.isfinite(tolerance)) or not whole or max_samples < 0:
-        raise OptionError(
-            f"tolerance={tolerance!r}, max_samples={max_samples!r}",
-            where="expect",
-            advice="Give a positive, finite tolerance and a whole number of samples, or 0.",
-        )
+    tolerance = number(tolerance, "tolerance", above=0)
+    max_samples = whole_number(max_samples, "max_samples", least=0)
     if law.batch_shape:
         raise ShapeError(
             f"a batch of {law.batch_shape[0]} laws",

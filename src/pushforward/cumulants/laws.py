@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pushforward.errors import LawError, OptionError, ShapeError
+from pushforward.errors import LawError, ShapeError
 from pushforward.networks.data import DataStream
+from pushforward.options import choice
 from pushforward.typing import DataSource
 
 __all__ = ["CovarianceKind", "GaussianLaw"]
@@ -158,12 +159,7 @@ class GaussianLaw:
         LawError
             For fewer than two examples.
         """
-        if covariance not in get_args(CovarianceKind):
-            raise OptionError(
-                f"covariance={covariance!r}",
-                where="GaussianLaw.from_data",
-                advice=f"Use one of {', '.join(map(repr, get_args(CovarianceKind)))}.",
-            )
+        choice(covariance, "covariance", get_args(CovarianceKind))
         count = 0
         shape: tuple[int, ...] = ()
         mean = scatter = torch.zeros(())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from operator import index
 from time import perf_counter
 from typing import Any
 
@@ -22,6 +21,7 @@ from pushforward.cumulants.sampled_network import (
     refuse_not_finite,
 )
 from pushforward.errors import OptionError, ShapeError
+from pushforward.options import whole_number
 from pushforward.runs.estimate import Check, Cost, to_jsonable
 from pushforward.runs.progress import track
 
@@ -207,14 +207,14 @@ def monte_carlo(
     probes = target.probe(seed)
     outputs = probes.shape[1]
     bounds, bounds_shape = _threshold_rows(thresholds, outputs, probes.device)
-    wanted = _validated_count(num_samples, "num_samples")
+    wanted = whole_number(num_samples, "num_samples")
     entries = _BLOCK_ENTRIES[target.source.type != "cpu"]
     max_block = max(1, entries // max(law.dimension, outputs))
     layout = chosen.layout(law.dimension, wanted, max_block)
     flops_each, widest = target.measure(seed)
     if batch_size is None:
         batch_size = max(1, _BATCH_ENTRIES // widest)
-    batch_size = _validated_count(batch_size, "batch_size")
+    batch_size = whole_number(batch_size, "batch_size")
 
     start = perf_counter()
     accumulator = None
@@ -248,18 +248,6 @@ def monte_carlo(
         seconds=perf_counter() - start,
         checks=tuple(_checks(layout, wanted, chosen, target, moments, exceedance)),
     )
-
-
-def _validated_count(value: int, where: str) -> int:
-    try:
-        count = 0 if isinstance(value, bool) else index(value)
-    except TypeError:
-        count = 0
-    if count < 1:
-        raise OptionError(
-            f"{value!r} is not a number of examples", where=where, advice="Give a positive integer."
-        )
-    return count
 
 
 def _threshold_rows(

@@ -30,6 +30,7 @@ from pushforward.cumulants.output import (
 from pushforward.cumulants.towers import CumulantTower, Metric, Radius, gram
 from pushforward.errors import OptionError, ResourceError, ShapeError
 from pushforward.networks.graph import AffineMap, NetworkGraph, UnitGroup, read_network
+from pushforward.options import choice, number, whole_number
 from pushforward.runs.estimate import Check
 
 __all__ = ["VarianceForm", "depth_over_width", "propagate"]
@@ -155,7 +156,13 @@ def propagate(
     (2,)
     """
     start = time.perf_counter()
-    _check_options(order, metric, variance, exact_above)
+    advice = "Use 1 (means), 2 (covariances) or 3 (third cumulants)."
+    order = whole_number(order, "order", most=3, advice=advice)
+    choice(metric, "metric", get_args(Metric))
+    choice(variance, "variance", get_args(VarianceForm))
+    if exact_above is not None:
+        advice = "It is a correlation from 0 to 1; None switches the exact kernel off."
+        exact_above = number(exact_above, "exact_above", least=0, most=1, advice=advice)
     graph = net if isinstance(net, NetworkGraph) else read_network(net, law.event_shape)
     inputs = _prepare_law(graph, law)
     on_sphere = _use_sphere(graph, law, order, angular)
@@ -533,30 +540,6 @@ def _check_covariance(main: _Pass) -> Check:
 
 
 # --- arguments -----------------------------------------------------------------------------------
-
-
-def _check_options(
-    order: int, metric: Metric, variance: VarianceForm, exact_above: float | None
-) -> None:
-    if isinstance(order, bool) or not isinstance(order, int) or order not in {1, 2, 3}:
-        raise OptionError(
-            f"order={order!r}",
-            where="propagate",
-            advice="Use 1 (means), 2 (covariances) or 3 (third cumulants).",
-        )
-    for label, value, kind in (("metric", metric, Metric), ("variance", variance, VarianceForm)):
-        if value not in get_args(kind):
-            raise OptionError(
-                f"{label}={value!r}",
-                where="propagate",
-                advice=f"Use one of {', '.join(map(repr, get_args(kind)))}.",
-            )
-    if exact_above is not None and not 0 <= exact_above <= 1:
-        raise OptionError(
-            f"exact_above={exact_above!r}",
-            where="propagate",
-            advice="It is a correlation in [0, 1]; None switches the exact kernel off.",
-        )
 
 
 def _use_sphere(graph: NetworkGraph, law: GaussianLaw, order: int, angular: bool | None) -> bool:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pushforward.errors import OptionError
+from pushforward.options import whole_number
 
 __all__ = ["balanced_factors", "realised", "second_moments", "square_widths"]
 
@@ -34,12 +34,8 @@ def square_widths(num_parameters: int) -> tuple[int, ...]:
     OptionError
         For less than one.
     """
-    if num_parameters < 1:
-        raise OptionError(
-            f"{num_parameters!r} parameters",
-            where="num_parameters",
-            advice="Give the number of weights that are sampled, from 1 on.",
-        )
+    advice = "Give the number of weights that are sampled, from 1 on."
+    num_parameters = whole_number(num_parameters, "num_parameters", advice=advice)
     layers = 2 if num_parameters < _DEEP else 3
     width = max(1, round(sqrt(num_parameters / layers)))
     return (width,) * (layers + 1)

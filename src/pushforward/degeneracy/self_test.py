@@ -41,6 +41,7 @@ from pushforward.degeneracy.walk import Walk
 from pushforward.errors import OptionError, SamplingError
 from pushforward.networks.likelihoods import Gaussian, Likelihood
 from pushforward.networks.model import FunctionalModel
+from pushforward.options import whole_number
 from pushforward.runs.estimate import to_jsonable
 from pushforward.runs.progress import track
 from pushforward.runs.rng import derived_seed, stream
@@ -288,12 +289,12 @@ def degeneracy_self_test(
         step_size=step_size,
     )
     widths = square_widths(num_parameters)
-    if num_examples < max(3, widths[0]):
-        raise OptionError(
-            f"{num_examples} examples of {widths[0]} inputs",
-            where="num_examples",
-            advice="Give at least 3, and as many as there are inputs.",
-        )
+    num_examples = whole_number(
+        num_examples,
+        "num_examples",
+        least=max(3, widths[0]),
+        advice=f"Give at least 3, and as many as there are inputs, {widths[0]}.",
+    )
     Settings(sampler="hmc", num_draws=truth_draws)  # refused now, not after the first run
     curvature, like = _own_curvature(net, data, loss, seed)
     ranks: dict[PointName, int] = {

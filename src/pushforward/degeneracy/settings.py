@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
-from math import inf
 from typing import Any, Literal, TypeAlias, get_args
 
 from torch import nn
 
 from pushforward.degeneracy.neighbourhood import Metric, Neighbourhood
 from pushforward.degeneracy.walk import SamplerName
-from pushforward.errors import OptionError
 from pushforward.networks.likelihoods import Likelihood
 from pushforward.networks.model import FunctionalModel
+from pushforward.options import choice, number, whole_number
 from pushforward.sampling.potential import Loss
 
 __all__ = ["SamplerChoice", "Settings"]
@@ -52,48 +51,28 @@ class Settings:
     step_size: float | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        for name, positive in (("nbeta", self.nbeta), ("localization", self.localization)):
-            if positive is None:
-                continue
-            number = isinstance(positive, int | float) and not isinstance(positive, bool)
-            if not number or not 0 < positive < inf:
-                raise OptionError(
-                    f"{positive!r} is out of range",
-                    where=name,
-                    advice="Give a positive number, or None for one that suits the data.",
-                )
-        for name, value, choices in (
-            ("metric", self.metric, get_args(Metric)),
-            ("sampler", self.sampler, get_args(SamplerChoice)),
-        ):
-            if value not in choices:
-                raise OptionError(
-                    f"there is no {name} {value!r}",
-                    where=name,
-                    advice=f"Choose one of {', '.join(choices)}.",
-                )
+        choice(self.metric, "metric", get_args(Metric))
+        choice(self.sampler, "sampler", get_args(SamplerChoice))
+        # Plain numbers, for the settings are written with the results.
+        plain: dict[str, float] = {
+            "num_chains": whole_number(self.num_chains, "num_chains", least=2)
+        }
         for name, count, least in (
-            ("num_chains", self.num_chains, 2),
             ("num_draws", self.num_draws, 16),
             ("num_warmup", self.num_warmup, 0),
+            ("batch_size", self.batch_size, 1),
         ):
-            if count is None and name != "num_chains":
-                continue
-            if not isinstance(count, int) or isinstance(count, bool) or count < least:
-                raise OptionError(
-                    f"{count!r} is out of range",
-                    where=name,
-                    advice=f"Give an integer from {least} on.",
-                )
-        if self.step_size == "auto":
-            return
-        number = isinstance(self.step_size, int | float) and not isinstance(self.step_size, bool)
-        if not number or not 0 < float(self.step_size) < inf:
-            raise OptionError(
-                f"{self.step_size!r} is no step size",
-                where="step_size",
-                advice="Give a positive number, or 'auto'.",
-            )
+            if count is not None:
+                plain[name] = whole_number(count, name, least=least)
+        advice = "Give a positive number, or None for one that suits the data."
+        for name, value in (("nbeta", self.nbeta), ("localization", self.localization)):
+            if value is not None:
+                plain[name] = number(value, name, above=0, advice=advice)
+        if not isinstance(self.step_size, str) or self.step_size != "auto":
+            advice = "Give a positive number, or 'auto'."
+            plain["step_size"] = number(self.step_size, "step_size", above=0, advice=advice)
+        for name, found in plain.items():
+            object.__setattr__(self, name, found)
 
     def neighbourhood(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pushforward.errors import DataError, OptionError
 from pushforward.networks.data import Examples
+from pushforward.options import whole_number
 from pushforward.runs.rng import derived_seed, stream
 
 __all__ = ["cluster_inputs", "label_components"]
@@ -109,12 +110,12 @@ def cluster_inputs(examples: Examples, clusters: int, seed: int) -> Int64[Tensor
     OptionError
         When there are fewer examples than clusters, or the inputs are no tensor.
     """
-    if isinstance(clusters, bool) or not 1 <= clusters <= examples.num_examples:
-        raise OptionError(
-            f"{clusters!r} clusters of {examples.num_examples} examples",
-            where="clusters",
-            advice="Choose from 1 to the number of examples.",
-        )
+    clusters = whole_number(
+        clusters,
+        "clusters",
+        most=examples.num_examples,
+        advice=f"Choose from 1 to the number of examples, {examples.num_examples}.",
+    )
     from scipy.cluster.vq import kmeans2  # takes a while to import
 
     generator = stream(seed, "clusters")

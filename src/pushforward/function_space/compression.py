@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pushforward.errors import OptionError
 from pushforward.function_space.network import Other
+from pushforward.options import number, whole_number
 from pushforward.typing import Params
 
 __all__ = ["prune_tensor", "pruned", "quantise_tensor", "quantised"]
@@ -41,8 +41,7 @@ def pruned(weights: Other, share: float) -> Params:
     >>> pruned({"weight": torch.tensor([[3.0, -1.0, 2.0, -4.0]])}, 0.5)["weight"]
     tensor([[ 3.,  0.,  0., -4.]])
     """
-    if not 0 <= share <= 1:
-        raise OptionError(f"{share!r}", where="share", advice="Give a number from 0 to 1.")
+    share = number(share, "share", least=0, most=1)
     return _changed(weights, lambda tensor: prune_tensor(tensor, share))
 
 
@@ -74,8 +73,7 @@ def quantised(weights: Other, bits: int) -> Params:
     >>> quantised({"weight": torch.tensor([[3.0, -1.0, 1.6, 0.2]])}, 3)["weight"]
     tensor([[ 3., -1.,  2.,  0.]])
     """
-    if not (isinstance(bits, int) and 2 <= bits <= 16):
-        raise OptionError(f"{bits!r}", where="bits", advice="Give a whole number from 2 to 16.")
+    bits = whole_number(bits, "bits", least=2, most=16)
     return _changed(weights, lambda tensor: quantise_tensor(tensor, bits))
 
 

@@ -25,9 +25,10 @@ from pushforward.errors import (
 )
 from pushforward.function_space.measure import DistanceMeasure
 from pushforward.function_space.metrics import Metric
-from pushforward.function_space.penalty import FunctionSpacePenalty, is_whole
+from pushforward.function_space.penalty import FunctionSpacePenalty
 from pushforward.function_space.task_sequence import TaskSequence
 from pushforward.function_space.tasks import OpenTask, Task, evaluating
+from pushforward.options import whole_number
 from pushforward.runs.progress import track
 from pushforward.runs.rng import derived_seed, stream
 from pushforward.runs.store import Checkpoint, fingerprint
@@ -137,9 +138,7 @@ def learn_tasks(
     """
     if not tasks:
         raise OptionError("there are none", where="tasks", advice="Give at least one task.")
-    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
-        if not (is_whole(value) and value >= 1):
-            raise OptionError(f"{value!r}", where=name, advice="Give a positive whole number.")
+    epochs, batch_size = whole_number(epochs, "epochs"), whole_number(batch_size, "batch_size")
     options = distance_options or {}
     penalty = FunctionSpacePenalty(
         scale=scale,

@@ -25,6 +25,7 @@ from pushforward.function_space.measure import DistanceMeasure
 from pushforward.function_space.metrics import Metric, check_metric
 from pushforward.function_space.network import Other, ReferenceNetwork
 from pushforward.networks.parameters import ParameterSpace, match_names
+from pushforward.options import choice
 from pushforward.runs.progress import track
 from pushforward.runs.rng import stream
 from pushforward.typing import Params
@@ -301,13 +302,8 @@ class GaussNewton:
         OptionError
             For damping that is not positive, an unknown method, or ``"own"`` where there is none.
         """
-        check_damping(damping)
-        if method not in get_args(SolveMethod):
-            raise OptionError(
-                f"unknown method {method!r}",
-                where="method",
-                advice=f"Choose one of {', '.join(get_args(SolveMethod))}.",
-            )
+        damping = check_damping(damping)
+        choice(method, "method", get_args(SolveMethod))
         if method == "auto":
             small = self.space.size <= _DENSE_LIMIT
             dense_or_not: SolveMethod = "cholesky" if small else "conjugate_gradients"
@@ -318,7 +314,7 @@ class GaussNewton:
                 where="method",
                 advice="Choose cholesky or conjugate_gradients.",
             )
-        return Solver(self, float(damping), method, tolerance, max_steps)
+        return Solver(self, damping, method, tolerance, max_steps)
 
     def solve(
         self, vectors: Float[Tensor, "P k"], damping: float, method: SolveMethod = "auto"

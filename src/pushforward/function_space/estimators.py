@@ -38,6 +38,7 @@ from pushforward.function_space.synthetic_inputs import (
 )
 from pushforward.function_space.token_law import TokenLaw
 from pushforward.networks.graph import NetworkGraph
+from pushforward.options import choice, whole_number
 from pushforward.runs.plan import format_bytes
 from pushforward.runs.rng import stream
 
@@ -135,18 +136,8 @@ class Estimators:
         seed: int,
     ) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
         check_metric(metric)
-        if estimator not in get_args(Estimator):
-            raise OptionError(
-                f"unknown estimator {estimator!r}",
-                where="estimator",
-                advice=f"Choose one of {', '.join(get_args(Estimator))}.",
-            )
-        if not isinstance(num_samples, int) or num_samples < 2:
-            raise OptionError(
-                f"{num_samples!r} draws",
-                where="num_samples",
-                advice="Give a whole number from 2.",
-            )
+        choice(estimator, "estimator", get_args(Estimator))
+        num_samples = whole_number(num_samples, "num_samples", least=2)
         check_axes(self.reference.output_shape, metric)
         chosen = select_outputs(self.kept.outputs.fisher.shape[-1], outputs)
         check_probabilities(

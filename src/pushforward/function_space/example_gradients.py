@@ -19,6 +19,7 @@ from pushforward.function_space.metrics import Metric
 from pushforward.function_space.network import ReferenceNetwork
 from pushforward.networks.data import Batch, Examples
 from pushforward.networks.parameters import ParameterSpace
+from pushforward.options import whole_number
 
 __all__ = ["ExampleGradients", "Loss", "metric_of", "open_examples"]
 
@@ -119,13 +120,7 @@ class ExampleGradients:
             If `given` is not positive.
         """
         if given is not None:
-            if given < 1:
-                raise OptionError(
-                    f"{given!r} examples in a batch",
-                    where="batch_size",
-                    advice="Give a positive number.",
-                )
-            return given
+            return whole_number(given, "batch_size")
         return max(1, min(_LARGEST_BATCH, _BATCH_BYTES // (8 * rows * self.space.size)))
 
     def batches(

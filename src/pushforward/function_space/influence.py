@@ -47,6 +47,7 @@ from pushforward.function_space.measure import DistanceMeasure
 from pushforward.function_space.metrics import Metric
 from pushforward.function_space.network import ReferenceNetwork
 from pushforward.networks.data import Examples
+from pushforward.options import choice, whole_number
 from pushforward.runs.estimate import Check, Cost
 from pushforward.runs.progress import Advance, track
 
@@ -149,10 +150,7 @@ def influence(
     (torch.Size([3, 20]), True)
     """
     begun = perf_counter()
-    if effect not in get_args(Effect):
-        raise OptionError(
-            f"unknown effect {effect!r}", where="effect", advice="Choose loss or outputs."
-        )
+    choice(effect, "effect", get_args(Effect))
     # Data that do not fit the loss are refused before a curvature that says nothing of them is.
     queries = _opened(measure, queries, loss, metric, "queries")
     examples = _opened(measure, examples, loss, metric, "examples")
@@ -382,13 +380,7 @@ def training_size(measure: Any, given: int | None) -> int:
             where="num_examples",
             advice="Give num_examples: scores are for removing one out of so many.",
         )
-    if isinstance(number, bool) or int(number) != number or number < 1:
-        raise OptionError(
-            f"{number!r} training examples",
-            where="num_examples",
-            advice="Give a positive whole number.",
-        )
-    return int(number)
+    return whole_number(number, "num_examples")
 
 
 def known_size(measure: Any) -> int | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pushforward.errors import OptionError
+from pushforward.options import whole_number
 from pushforward.runs.pictures import import_pyplot
 
 if TYPE_CHECKING:
@@ -45,8 +46,7 @@ def plot_influence(found: InfluenceScores, query: int, k: int, output: int | Non
         choice of one, or a choice of an output for scores of losses.
     """
     row = _row(found, query, output).detach().cpu()
-    if k < 1:
-        raise OptionError(f"{k!r} of each kind", where="k", advice="Give a positive number.")
+    k = whole_number(k, "k")
     order = row.argsort(descending=True)
     shown = torch.cat([order[:k], order[max(k, len(row) - k) :]])
     pyplot = import_pyplot()

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pushforward.errors import OptionError
+from pushforward.options import whole_number
 from pushforward.runs.estimate import Check, Cost, Status, to_jsonable, worst_status
 
 __all__ = ["Effect", "InfluenceScores", "SelfInfluence"]
@@ -79,8 +79,7 @@ class InfluenceScores:
             If there are not so many.
         """
         count = self.scores.shape[-1]
-        if not 1 <= k <= count:
-            raise OptionError(f"{k!r} of {count}", where="k", advice=f"Choose 1 to {count}.")
+        k = whole_number(k, "k", most=count)
         found = self.scores.topk(k, -1, largest=not harmful)
         return found.indices, found.values
 
@@ -176,13 +175,7 @@ class SelfInfluence:
         OptionError
             If there are not so many.
         """
-        if not 1 <= k <= len(self.scores):
-            raise OptionError(
-                f"{k!r} of {len(self.scores)}",
-                where="k",
-                advice=f"Choose 1 to {len(self.scores)}.",
-            )
-        found = self.scores.topk(k)
+        found = self.scores.topk(whole_number(k, "k", most=len(self.scores)))
         return found.indices, found.values
 
     def to_dict(self) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from pushforward.errors import OptionError, ShapeError
+from pushforward.errors import ShapeError
+from pushforward.options import choice
 
 __all__ = [
     "Metric",
@@ -31,12 +32,7 @@ def check_metric(metric: str) -> None:
     OptionError
         If its name is unknown.
     """
-    if metric not in get_args(Metric):
-        raise OptionError(
-            f"unknown metric {metric!r}",
-            where="metric",
-            advice=f"Choose one of {', '.join(get_args(Metric))}.",
-        )
+    choice(metric, "metric", get_args(Metric))
 
 
 def check_probabilities(count: int, metric: str) -> None:

@@ -27,6 +27,7 @@ from pushforward.function_space.measure import DistanceMeasure
 from pushforward.function_space.metrics import Metric
 from pushforward.function_space.network import ReferenceNetwork
 from pushforward.networks.data import Examples
+from pushforward.options import choice, whole_number
 from pushforward.runs.estimate import Check, Cost, Status, to_jsonable, worst_status
 
 __all__ = ["Detection", "WrongLabels", "find_wrong_labels"]
@@ -126,12 +127,7 @@ class WrongLabels:
         OptionError
             For another name.
         """
-        if score not in self.scores:
-            raise OptionError(
-                f"unknown score {score!r}",
-                where="score",
-                advice=f"Choose one of {', '.join(self.scores)}.",
-            )
+        choice(score, "score", self.scores)
         return self.scores[score].argsort(descending=True, stable=True)
 
     def table(self, k: int = 20) -> str:
@@ -152,8 +148,7 @@ class WrongLabels:
         OptionError
             If `k` is not positive.
         """
-        if k < 1:
-            raise OptionError(f"{k!r} rows", where="k", advice="Give a positive number.")
+        k = whole_number(k, "k")
         header = [
             "rank",
             "example",
@@ -321,7 +316,7 @@ def find_wrong_labels(
     3
     """
     begun = perf_counter()
-    check_damping(damping)
+    damping = check_damping(damping)
     metric_of(loss, metric)
     reference = ReferenceNetwork.of(net, ()) if measure is None else measure.reference
     examples = open_examples(reference, data, loss, "data")

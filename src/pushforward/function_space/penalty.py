@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
-from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import torch
@@ -17,9 +15,10 @@ from pushforward.errors import OptionError, WeightsError
 from pushforward.function_space.measure import DistanceMeasure
 from pushforward.function_space.metrics import Metric, check_metric
 from pushforward.function_space.network import ReferenceNetwork
+from pushforward.options import number, whole_number
 from pushforward.runs.rng import derived_seed, stream
 
-__all__ = ["FunctionSpacePenalty", "Outputs", "PastTask", "is_whole"]
+__all__ = ["FunctionSpacePenalty", "Outputs", "PastTask"]
 
 Outputs: TypeAlias = slice | Sequence[int] | Tensor | None
 """Which outputs count: None for all, or a slice, numbers, a boolean mask."""
@@ -96,18 +95,13 @@ class FunctionSpacePenalty(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if not (_is_finite(scale) and scale >= 0):
-            raise OptionError(f"{scale!r}", where="scale", advice="Give a finite number from 0.")
-        if tasks_per_step is not None and not (is_whole(tasks_per_step) and tasks_per_step >= 1):
-            raise OptionError(
-                f"{tasks_per_step!r}",
-                where="tasks_per_step",
-                advice="Give a positive whole number, or None for all tasks.",
-            )
+        self.scale = number(scale, "scale", least=0)
+        if tasks_per_step is not None:
+            advice = "Give a positive whole number, or None for all tasks."
+            tasks_per_step = whole_number(tasks_per_step, "tasks_per_step", advice=advice)
         if metric is not None:
             check_metric(metric)
         stream(seed, "function-space penalty")  # refuses what is no seed
-        self.scale = float(scale)
         self.metric = metric
         self.tasks_per_step = tasks_per_step
         self.resample = resample
@@ -163,11 +157,10 @@ class FunctionSpacePenalty(nn.Module):
                 advice="Pass the result of pushforward.summarize, or a baseline; after training, "
                 "not the network itself.",
             )
-        if not (_is_finite(weight) and weight > 0):
-            raise OptionError(f"{weight!r}", where="weight", advice="Give a positive number.")
+        weight = number(weight, "weight", above=0)
         self._require_same_architecture(measure.reference)
         self._require_options(measure)
-        task = PastTask(measure, outputs, float(weight))
+        task = PastTask(measure, outputs, weight)
         with torch.no_grad():
             value = self._distance(task, measure.reference.tensors, None)
         if not (isinstance(value, Tensor) and value.dim() == 0 and bool(torch.isfinite(value))):
@@ -280,15 +273,6 @@ class FunctionSpacePenalty(nn.Module):
         }
         shown = ", ".join(f"{n}={v!r}" for n, v in options.items() if v is not None)
         return f"{shown}; {len(self)} past tasks"
-
-
-def is_whole(value: object) -> bool:
-    """Whether an option is an integer, of Python or of NumPy; truth values are none."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_finite(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def _unwrapped(net: nn.Module) -> nn.Module:

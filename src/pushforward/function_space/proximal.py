@@ -36,6 +36,7 @@ from pushforward.function_space.measure import DistanceMeasure
 from pushforward.function_space.metrics import Metric
 from pushforward.function_space.network import ReferenceNetwork
 from pushforward.networks.data import Batch, Examples
+from pushforward.options import choice
 from pushforward.runs.estimate import Check, Cost, Status, to_jsonable, worst_status
 from pushforward.typing import Params
 
@@ -191,12 +192,7 @@ def proximal_response(
         For an unknown `removal`, loss or metric, or bad damping.
     """
     begun = perf_counter()
-    if removal not in get_args(Removal):
-        raise OptionError(
-            f"unknown removal {removal!r}",
-            where="removal",
-            advice="Choose linearised or loss.",
-        )
+    choice(removal, "removal", get_args(Removal))
     # An example that does not fit the loss is refused before a curvature that says nothing of it.
     reference = getattr(measure, "reference", None)
     if isinstance(reference, ReferenceNetwork):

@@ -26,6 +26,7 @@ from pushforward.function_space.summary import Components, FunctionSummary, Inpu
 from pushforward.function_space.token_law import TokenLaw
 from pushforward.networks.batches import Inputs, Table
 from pushforward.networks.data import Examples
+from pushforward.options import whole_number
 from pushforward.runs.progress import track
 from pushforward.typing import Params
 
@@ -103,7 +104,13 @@ def summarize(
     UnsupportedLayerError
         When moments of the layers are asked of a network that is no chain of known ones.
     """
-    _check_options(classes, num_classes, clusters, input_moments, batch_size)
+    _check_components(classes, num_classes, clusters)
+    num_classes = None if num_classes is None else whole_number(num_classes, "num_classes")
+    clusters = None if clusters is None else whole_number(clusters, "clusters")
+    if input_moments not in ("full", "diagonal"):
+        advice = 'Choose "full", "diagonal" or a positive rank.'
+        input_moments = whole_number(input_moments, "input_moments", advice=advice)
+    batch_size = whole_number(batch_size, "batch_size")
     examples = Examples.read(data, name="data", targets=False)
     with torch.inference_mode(False), torch.no_grad():
         return _summarised(
@@ -250,32 +257,16 @@ def _components(
     return torch.zeros(len(examples), dtype=torch.long)
 
 
-def _check_options(
-    classes: Any, num_classes: Any, clusters: Any, input_moments: Any, batch_size: Any
-) -> None:
+def _check_components(classes: Any, num_classes: Any, clusters: Any) -> None:
     if classes is not None and clusters is not None:
         raise OptionError(
             "both classes and clusters are given",
             where="clusters",
             advice="Choose one: components are either.",
         )
-    for name, number in (("num_classes", num_classes), ("clusters", clusters)):
-        if number is not None and (not isinstance(number, int) or number < 1):
-            raise OptionError(f"{number!r}", where=name, advice="Give a positive whole number.")
     if num_classes is not None and classes is None:
         raise OptionError(
             "num_classes without classes", where="num_classes", advice='Add classes="targets".'
-        )
-    rank = isinstance(input_moments, int) and not isinstance(input_moments, bool)
-    if input_moments not in ("full", "diagonal") and not (rank and input_moments > 0):
-        raise OptionError(
-            f"{input_moments!r}",
-            where="input_moments",
-            advice='Choose "full", "diagonal" or a positive rank.',
-        )
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise OptionError(
-            f"{batch_size!r} examples", where="batch_size", advice="Give a positive number."
         )
 
 

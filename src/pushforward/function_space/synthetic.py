@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from pushforward.errors import OptionError
 from pushforward.function_space.metrics import Metric, discrepancy
 from pushforward.function_space.network import ReferenceNetwork, select_outputs
 from pushforward.function_space.synthetic_inputs import SyntheticInputs
+from pushforward.options import whole_number
 from pushforward.typing import Params
 
 __all__ = [
@@ -111,8 +111,7 @@ class SyntheticRun:
         OptionError
             If `chunk` is no positive number.
         """
-        if chunk < 1:
-            raise OptionError(f"chunk={chunk}", where="chunk", advice="Give a positive number.")
+        chunk = whole_number(chunk, "chunk")
         bare = cls(reference, sample, torch.empty(0, 0), chunk)
         with torch.no_grad():
             return replace(bare, outputs=bare.outputs_of(reference.tensors))

@@ -11,6 +11,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from pushforward.errors import DataError, LawError, OptionError
+from pushforward.options import choice
 
 __all__ = ["TokenLaw", "TokenOrder"]
 
@@ -109,12 +110,7 @@ class TokenLaw:
         OptionError
             For an unknown order.
         """
-        if order not in get_args(TokenOrder):
-            raise OptionError(
-                f"order={order!r}",
-                where="order",
-                advice=f"Use one of {', '.join(map(repr, get_args(TokenOrder)))}.",
-            )
+        choice(order, "order", get_args(TokenOrder))
         tokens, mask = _columns(inputs)
         token_type, mask_type = tokens.dtype, None if mask is None else mask.dtype
         tokens = tokens.detach().to("cpu", torch.int64)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from pushforward.errors import OptionError
 from pushforward.gaussians.hermite import hermite_polynomials, normal_cdf, normal_density
+from pushforward.options import choice
 
 __all__ = ["TailMethod", "quantile", "tail_probability"]
 
@@ -76,12 +77,7 @@ def tail_probability(
     OptionError
         For an unknown method.
     """
-    if method not in get_args(TailMethod):
-        raise OptionError(
-            f"method={method!r}",
-            where="tail_probability",
-            advice=f"Use one of {', '.join(map(repr, get_args(TailMethod)))}.",
-        )
+    choice(method, "method", get_args(TailMethod))
     shape = torch.broadcast_shapes(threshold.shape, mean.shape)
     positive = variance > 0
     scale = torch.sqrt(torch.where(positive, variance, torch.ones_like(variance)))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pushforward.errors import DataError, OptionError, ShapeError
 from pushforward.networks.likelihoods import Categorical, Gaussian
+from pushforward.options import whole_number
 
 __all__ = [
     "IntervalCoverage",
@@ -564,10 +565,7 @@ def _binned(probabilities: Tensor, targets: Tensor, bins: int) -> tuple[Tensor, 
     OptionError
         If `bins` is no positive integer.
     """
-    if not isinstance(bins, int) or bins < 1:
-        raise OptionError(
-            f"{bins!r} is not a number of bins", where="bins", advice="Give a positive integer."
-        )
+    bins = whole_number(bins, "bins")
     p, labels = _rows(probabilities, targets)
     confidence, guess = p.max(-1)
     inner = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=p.device)[1:-1]

@@ -40,6 +40,7 @@ from pushforward.networks.head import split_head
 from pushforward.networks.likelihoods import Gaussian, Likelihood
 from pushforward.networks.model import FunctionalModel
 from pushforward.networks.problem import check_problem
+from pushforward.options import choice, number, whole_number
 from pushforward.runs.distributed import ProcessGrid
 from pushforward.runs.estimate import Check, Cost, Estimate
 from pushforward.runs.plan import Plan, available_memory
@@ -183,7 +184,10 @@ def laplace(
     problem = _read_problem(
         net, data, likelihood, subset, prior, prior_precision, offset, data_shards, workspace
     )
-    _check_counts(num_draws, block, tolerance)
+    num_draws, block = whole_number(num_draws, "num_draws"), whole_number(block, "block")
+    tolerance = number(
+        tolerance, "tolerance", above=0, below=1, advice="Give a number between 0 and 1: 0.1."
+    )
     chosen = choose_method(method, problem.linear)
     problem = _without_the_fixed_part(problem, progress)
     if chosen == "exact":
@@ -232,7 +236,7 @@ workspace
     problem = _read_problem(
         net, data, likelihood, subset, prior, prior_precision, "affine", data_shards, workspace
     )
-    _check_counts(num_draws, block, 0.1)
+    num_draws, block = whole_number(num_draws, "num_draws"), whole_number(block, "block")
     if choose_method(method, problem.linear) == "exact":
         return exact_plan(problem.linear)
     learn = problem.learn_prior or problem.noise is not None
@@ -256,17 +260,10 @@ def _read_problem(
             where="likelihood",
             advice="Pass pf.Gaussian(), pf.Categorical(), pf.Bernoulli() or pf.Poisson().",
         )
-    if offset not in ("affine", "linear"):
-        raise OptionError(
-            f"there is no offset {offset!r}",
-            where="offset",
-            advice="Choose 'affine' or 'linear'.",
-        )
-    if workspace is not None and (not isinstance(workspace, int) or workspace < 1):
-        raise OptionError(
-            f"{workspace!r} is no number of bytes",
-            where="workspace",
-            advice="Give a positive integer, or None.",
+    choice(offset, "offset", ("affine", "linear"))
+    if workspace is not None:
+        workspace = whole_number(
+            workspace, "workspace", advice="Give a positive whole number of bytes, or None."
         )
     model = FunctionalModel.of(net, subset)
     if model.dtype not in (torch.float32, torch.float64):
@@ -339,20 +336,6 @@ def _starting_noise(linear: LinearModel) -> float:
             advice="Give the noise: pf.Gaussian(noise_variance=...).",
         )
     return noise
-
-
-def _check_counts(num_draws: int, block: int, tolerance: float) -> None:
-    for name, value in (("num_draws", num_draws), ("block", block)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise OptionError(
-                f"{value!r} is no number of draws", where=name, advice="Give a positive integer."
-            )
-    if not isinstance(tolerance, float | int) or not 0 < tolerance < 1:
-        raise OptionError(
-            f"{tolerance!r} is no relative error",
-            where="tolerance",
-            advice="Give a number between 0 and 1, such as 0.1.",
-        )
 
 
 def _exact(

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pushforward.errors import DataError, OptionError
+from pushforward.errors import DataError
 from pushforward.linearised_laplace.exact import DualFactor, PrimalFactor
 from pushforward.linearised_laplace.linear_model import Offset
 from pushforward.linearised_laplace.prediction import Prediction
@@ -24,6 +24,7 @@ from pushforward.networks.likelihoods import Bernoulli, Categorical, Gaussian, L
 from pushforward.networks.model import FunctionalModel
 from pushforward.networks.problem import activation_bytes
 from pushforward.networks.tangent import Tangent
+from pushforward.options import choice, number
 from pushforward.runs.estimate import Check, Cost, Estimate, Status, to_jsonable, worst_status
 from pushforward.runs.plan import Plan
 from pushforward.runs.progress import track
@@ -160,13 +161,8 @@ class LaplacePosterior:
         OptionError
             When it is not positive and finite.
         """
-        if not isinstance(temperature, float | int) or not 0 < temperature < float("inf"):
-            raise OptionError(
-                f"{temperature!r} is no temperature",
-                where="temperature",
-                advice="Give a positive number; 1 is the posterior itself.",
-            )
-        return replace(self, temperature=float(temperature))
+        advice = "Give a positive number; 1 is the posterior itself."
+        return replace(self, temperature=number(temperature, "temperature", above=0, advice=advice))
 
     def fit_temperature(self, validation: Any, link: Link = "probit") -> LaplacePosterior:
         """The same posterior with the temperature that makes validation data most likely.
@@ -476,9 +472,4 @@ def check_link(link: str) -> None:
     OptionError
         With those that there are.
     """
-    if link not in _LINKS:
-        raise OptionError(
-            f"there is no link {link!r}",
-            where="link",
-            advice=f"Choose one of {', '.join(map(repr, _LINKS))}.",
-        )
+    choice(link, "link", _LINKS)

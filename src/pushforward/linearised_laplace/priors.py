@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pushforward.errors import OptionError
 from pushforward.networks.parameters import ParameterSpace
+from pushforward.options import choice
 
 __all__ = ["Prior", "PriorKind", "feature_scale"]
 
@@ -76,12 +77,7 @@ class Prior:
         OptionError
             For an unknown kind, a precision that is not positive, or a wrong number of them.
         """
-        if kind not in _KINDS:
-            raise OptionError(
-                f"there is no prior {kind!r}",
-                where="prior",
-                advice=f"Choose one of {', '.join(map(repr, get_args(PriorKind)))}.",
-            )
+        choice(kind, "prior", _KINDS)
         layers = space.layers if kind == "layerwise" else ("all",)
         if isinstance(precision, Mapping):
             if set(precision) != set(layers):

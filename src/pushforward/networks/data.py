@@ -15,6 +15,7 @@ from torch import Tensor
 from pushforward.errors import DataError, OptionError
 from pushforward.networks.batches import Batch, Inputs, Table, row_checksums
 from pushforward.networks.reading import Storage, open_source
+from pushforward.options import whole_number
 from pushforward.typing import DataSource
 
 __all__ = ["Batch", "DataStream", "Examples", "Inputs"]
@@ -351,12 +352,7 @@ class Examples:
 
 
 def _pieces(numbers: Int64[Tensor, " n"], batch_size: int) -> Sequence[Tensor]:
-    if batch_size < 1:
-        raise OptionError(
-            f"{batch_size!r} examples in a batch",
-            where="batch_size",
-            advice="Give a positive number.",
-        )
+    batch_size = whole_number(batch_size, "batch_size")
     return numbers.split(batch_size) if len(numbers) else []
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from operator import index
 
 import torch
 
 from pushforward.errors import OptionError
+from pushforward.options import whole_number
 
 __all__ = ["derived_seed", "stream"]
 
@@ -90,17 +90,8 @@ def _number(key: bytes) -> int:
 
 
 def _validated_seed(seed: int) -> int:
-    try:
-        number = -1 if isinstance(seed, bool) else index(seed)
-    except TypeError:
-        number = -1
-    if not 0 <= number < _SEED_LIMIT:
-        raise OptionError(
-            f"{seed!r} is not a seed",
-            where="seed",
-            advice="Give an integer from 0 to 2**63 - 1.",
-        )
-    return number
+    advice = "Give a whole number from 0 to 2**63 - 1."
+    return whole_number(seed, "seed", least=0, most=_SEED_LIMIT - 1, advice=advice)
 
 
 def _encode(seed: int, path: tuple[str | int, ...]) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from pushforward.errors import OptionError
 from pushforward.networks.parameters import ParameterSpace
+from pushforward.options import number
 from pushforward.runs.store import fingerprint
 from pushforward.sampling.adaptation import (
     Phase,
@@ -31,7 +31,7 @@ from pushforward.sampling.noise import Noise, NoiseSize
 from pushforward.sampling.potential import Potential
 from pushforward.typing import Params
 
-__all__ = ["AdaptiveKernel", "GradientKernel", "require_positive"]
+__all__ = ["AdaptiveKernel", "GradientKernel"]
 
 _MASSES = ("diagonal", "dense", "identity")
 
@@ -140,13 +140,11 @@ class AdaptiveKernel(GradientKernel):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.step_size is not None:
-            require_positive(self.step_size, "step_size")
-        if not 0 < self.target_acceptance < 1:
-            raise OptionError(
-                f"{self.target_acceptance!r} is no probability that can be aimed at",
-                where="target_acceptance",
-                advice="Give a number between 0 and 1, such as 0.8.",
-            )
+            step_size = number(self.step_size, "step_size", above=0)
+            object.__setattr__(self, "step_size", step_size)
+        advice = "Give a number between 0 and 1, such as 0.8."
+        aim = number(self.target_acceptance, "target_acceptance", above=0, below=1, advice=advice)
+        object.__setattr__(self, "target_acceptance", aim)
         self._check_mass()
 
     def _check_mass(self) -> None:
@@ -200,7 +198,9 @@ class AdaptiveKernel(GradientKernel):
 
     @property
     def _held_entries(self) -> int:
-        """Scale, stride and moments, where they are matrices."""
+        """Of matrices: the stride; where they are learned, also scale, moments and a root."""
+        if isinstance(self.mass, Tensor):
+            return self.space.size**2 if self.mass.dim() == 2 else 0
         return 4 * self.space.size**2 if self.mass == "dense" else 0
 
     def warm_up(self, state: State, noise: Noise, step: int, total: int) -> State:
@@ -282,26 +282,3 @@ def _inverse_root(mass: Float[Tensor, "P P"]) -> Float[Tensor, "P P"]:
     factor = torch.linalg.cholesky(mass)
     unit = torch.eye(len(mass), dtype=mass.dtype, device=mass.device)
     return torch.linalg.solve_triangular(factor.mT, unit, upper=True)
-
-
-def require_positive(value: float, where: str) -> None:
-    """Refuse what is not a positive, finite number.
-
-    Parameters
-    ----------
-    value
-        A setting.
-    where
-        Its name.
-
-    Raises
-    ------
-    OptionError
-        When it is out of range.
-    """
-    if isinstance(value, bool) or not isinstance(value, float | int) or not 0 < value < math.inf:
-        raise OptionError(
-            f"{value!r} is not a positive, finite number",
-            where=where,
-            advice="Give a positive number.",
-        )

@@ -15,13 +15,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from pushforward.errors import OptionError
+from pushforward.options import number, whole_number
 from pushforward.sampling.dynamics import (
     LARGEST_ENERGY_ERROR,
     Point,
     acceptance_probability,
     leapfrog,
 )
-from pushforward.sampling.gradient_kernel import AdaptiveKernel, require_positive
+from pushforward.sampling.gradient_kernel import AdaptiveKernel
 from pushforward.sampling.kernel import State
 from pushforward.sampling.noise import Noise, NoiseSize
 from pushforward.typing import Params
@@ -84,20 +85,12 @@ class HMC(AdaptiveKernel):
                 where="trajectory_length",
                 advice="Give num_steps or trajectory_length, not both.",
             )
-        if self.num_steps is not None and (not _is_int(self.num_steps) or self.num_steps < 1):
-            raise OptionError(
-                f"{self.num_steps!r} is no number of steps",
-                where="num_steps",
-                advice="Give a positive integer.",
-            )
+        if self.num_steps is not None:
+            object.__setattr__(self, "num_steps", whole_number(self.num_steps, "num_steps"))
         if self.trajectory_length is not None:
-            require_positive(self.trajectory_length, "trajectory_length")
-        if not 0 <= self.jitter < 1:
-            raise OptionError(
-                f"{self.jitter!r} is out of range",
-                where="jitter",
-                advice="Give a number in [0, 1).",
-            )
+            length = number(self.trajectory_length, "trajectory_length", above=0)
+            object.__setattr__(self, "trajectory_length", length)
+        object.__setattr__(self, "jitter", number(self.jitter, "jitter", least=0, below=1))
 
     @property
     def noise_size(self) -> NoiseSize:
@@ -147,7 +140,3 @@ class HMC(AdaptiveKernel):
             "trajectory_length": self.trajectory_length,
             "jitter": self.jitter,
         }
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from math import isfinite
 from typing import Any, final, get_args
 
 import torch
@@ -21,6 +20,7 @@ from pushforward.networks.likelihoods import Likelihood
 from pushforward.networks.model import FunctionalModel
 from pushforward.networks.parameters import ParameterSpace, match_names
 from pushforward.networks.problem import activation_bytes, check_loss, check_problem
+from pushforward.options import choice, number, whole_number
 from pushforward.runs.store import fingerprint
 from pushforward.sampling.potential import (
     PROBE,
@@ -445,32 +445,19 @@ def build_network_potential(
         )
     else:
         check_loss(model, examples, loss)
-    if not isfinite(inverse_temperature) or inverse_temperature < 0:
-        raise OptionError(
-            f"{inverse_temperature!r} is out of range",
-            where="inverse_temperature",
-            advice="Give a number from 0 on.",
-        )
-    if control_variate not in get_args(ControlVariate):
-        raise OptionError(
-            f"there is no control variate {control_variate!r}",
-            where="control_variate",
-            advice="Choose 'none', 'value' or 'gradient'.",
-        )
-    if batch_size is not None and (
-        not isinstance(batch_size, int) or not 1 <= batch_size <= len(examples)
-    ):
-        raise OptionError(
-            f"{batch_size!r} of {len(examples):,} examples",
-            where="batch_size",
-            advice="Give a number from 1 to the number of examples, or None for all.",
-        )
+    inverse_temperature = number(inverse_temperature, "inverse_temperature", least=0)
+    choice(control_variate, "control_variate", get_args(ControlVariate))
+    if batch_size is not None:
+        advice = f"Give a whole number from 1 to {len(examples)}, or None for all examples."
+        batch_size = whole_number(batch_size, "batch_size", most=len(examples), advice=advice)
+    if workspace is not None:
+        workspace = whole_number(workspace, "workspace")
     return NetworkPotential(
         model,
         examples,
         loss,
         _precisions(model.space, prior_precision).to(model.vector),
-        float(inverse_temperature),
+        inverse_temperature,
         _localizations(model.space, localization).to(model.vector),
         batch_size,
         control_variate,
@@ -501,16 +488,10 @@ def _precisions(space: ParameterSpace, given: float | Mapping[str, float]) -> Fl
     """
     entries = given.items() if isinstance(given, Mapping) else [("*", given)]
     found: dict[str, float] = {}
+    advice = "Give a number from 0 on, in inverse squared units of the weights."
     for pattern, value in entries:
-        if not isinstance(value, float | int) or not isfinite(value) or value < 0:
-            raise OptionError(
-                f"{value!r} is no precision",
-                where="prior_precision",
-                advice="Give a number from 0 on, in inverse squared units of the weights.",
-            )
-        found |= dict.fromkeys(
-            match_names(space.names, pattern, where="prior_precision"), float(value)
-        )
+        names = match_names(space.names, pattern, where="prior_precision")
+        found |= dict.fromkeys(names, number(value, "prior_precision", least=0, advice=advice))
     missing = [name for name in space.names if name not in found]
     if missing:
         raise OptionError(

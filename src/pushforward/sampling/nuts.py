@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pushforward.errors import OptionError
+from pushforward.options import whole_number
 from pushforward.sampling.dynamics import (
     LARGEST_ENERGY_ERROR,
     Point,
@@ -78,13 +78,8 @@ class NUTS(AdaptiveKernel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        depth = self.max_depth
-        if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= _DEEPEST:
-            raise OptionError(
-                f"{depth!r} is no depth of a tree",
-                where="max_depth",
-                advice=f"Give an integer from 1 to {_DEEPEST}.",
-            )
+        max_depth = whole_number(self.max_depth, "max_depth", most=_DEEPEST)
+        object.__setattr__(self, "max_depth", max_depth)
 
     @property
     def noise_size(self) -> NoiseSize:

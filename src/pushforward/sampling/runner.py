@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from pushforward.errors import DataError, OptionError, PushforwardError, SamplingError, ShapeError
+from pushforward.options import whole_number
 from pushforward.runs.distributed import ProcessGrid
 from pushforward.runs.estimate import Check, Cost
 from pushforward.runs.plan import MemoryItem, Plan, available_memory
@@ -146,17 +147,12 @@ def sample(
             where="kernel",
             advice="Pass a kernel: pf.NUTS(potential), pf.HMC(potential), pf.gibbs(model, x, y).",
         )
-    for name, value, least in (
-        ("num_draws", num_draws, 1),
-        ("num_chains", num_chains, 1),
-        ("num_warmup", num_warmup, 0),
-        ("thin", thin, 1),
-        ("chunk_size", 1 if chunk_size is None else chunk_size, 1),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise OptionError(
-                f"{value!r} is out of range", where=name, advice=f"Give an integer from {least} on."
-            )
+    num_draws = whole_number(num_draws, "num_draws")
+    num_chains = whole_number(num_chains, "num_chains")
+    num_warmup = whole_number(num_warmup, "num_warmup", least=0)
+    thin = whole_number(thin, "thin")
+    seed = whole_number(seed, "seed", least=0)
+    chunk_size = None if chunk_size is None else whole_number(chunk_size, "chunk_size")
     grid = ProcessGrid.from_environment()
     if num_chains < grid.draw_shards:
         raise OptionError(

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pushforward.sampling.gradient_kernel import GradientKernel, require_positive
+from pushforward.options import number
+from pushforward.sampling.gradient_kernel import GradientKernel
 from pushforward.sampling.kernel import State
 from pushforward.sampling.noise import Noise, NoiseSize
 from pushforward.sampling.sgld import gradient_statistics
@@ -48,7 +49,7 @@ class MomentumKernel(GradientKernel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self.step_size, "step_size")
+        object.__setattr__(self, "step_size", number(self.step_size, "step_size", above=0))
 
     @property
     def start_size(self) -> NoiseSize:
@@ -128,7 +129,7 @@ class SGHMC(MomentumKernel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self.friction, "friction")
+        object.__setattr__(self, "friction", number(self.friction, "friction", above=0))
 
     def step(self, state: State, noise: Noise) -> State:
         """Drift, fluctuate, drift, kick."""

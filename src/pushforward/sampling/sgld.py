@@ -21,8 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pushforward.errors import OptionError
+from pushforward.options import number
 from pushforward.runs.store import fingerprint
-from pushforward.sampling.gradient_kernel import GradientKernel, require_positive
+from pushforward.sampling.gradient_kernel import GradientKernel
 from pushforward.sampling.kernel import State
 from pushforward.sampling.noise import Noise, NoiseSize
 from pushforward.typing import Params
@@ -70,7 +71,7 @@ class SGLD(GradientKernel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self.step_size, "step_size")
+        object.__setattr__(self, "step_size", number(self.step_size, "step_size", above=0))
         given = self.preconditioner
         if isinstance(given, Tensor):
             good = given.shape == (self.space.size,) and given.is_floating_point()
@@ -229,7 +230,7 @@ def sgld_stationary_variance(
     >>> round(10 * sgld_stationary_variance(10.0, 0.1), 4)
     1.3333
     """
-    require_positive(step_size, "step_size")
+    step_size = number(step_size, "step_size", above=0)
     stable = 1 - step_size * curvature / 4
     noise = 1 + step_size * gradient_noise_variance / 4
     if isinstance(stable, Tensor):

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pushforward.sampling.gradient_kernel import require_positive
+from pushforward.options import number
 from pushforward.sampling.kernel import State
 from pushforward.sampling.noise import Noise
 from pushforward.sampling.sghmc import MomentumKernel
@@ -54,7 +54,7 @@ class SGNHT(MomentumKernel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self.diffusion, "diffusion")
+        object.__setattr__(self, "diffusion", number(self.diffusion, "diffusion", above=0))
 
     def start(self, initial: Params | None, noise: Noise) -> State:
         """Chains where the potential starts them, with the friction of exact gradients."""

@@ -65,7 +65,7 @@ def test_labels_are_counted_among_the_chosen_outputs():
 def test_a_metric_that_is_no_likelihood_has_no_empirical_fisher():
     with pytest.raises(OptionError, match="no likelihood"):
         check_fisher("empirical", "softmax")
-    with pytest.raises(OptionError, match="unknown way"):
+    with pytest.raises(OptionError, match="there is no fisher"):
         check_fisher("approximate", "kl")
     with pytest.raises(OptionError, match="metric"):
         check_fisher("exact", "cosine")

@@ -609,8 +609,8 @@ def test_starts_that_are_refused():
 
 def test_options_that_are_refused():
     for options, said in (
-        ({"overrelaxation": -1.0}, "over-relaxation"),
-        ({"overrelaxation": 0.5}, "over-relaxation"),
+        ({"overrelaxation": -1.0}, "^overrelaxation: "),
+        ({"overrelaxation": 0.5}, "^overrelaxation: "),
         ({"hyperprior": 0.0}, "Gamma law"),
     ):
         with pytest.raises(OptionError, match=said):

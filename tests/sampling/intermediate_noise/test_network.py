@@ -258,7 +258,7 @@ def test_networks_that_are_refused(net, said):
 def test_other_modules_are_refused():
     with pytest.raises(NetworkError, match=r"nn\.Sequential"):
         IntermediateNoiseNetwork(nn.Linear(3, 1), 0.1, 0.1)
-    with pytest.raises(OptionError, match="'softmax' is not an output"):
+    with pytest.raises(OptionError, match="there is no output 'softmax'"):
         IntermediateNoiseNetwork(small_mlp(), 0.1, 0.1, "softmax")
 
 

@@ -343,7 +343,8 @@ def test_interrupted_it_reports_what_there_is(monkeypatch):
 def test_what_is_refused():
     problem, kernel = linear_problem(), _relaxation()
     for options, message in (
-        ({"seeds": 0}, "names no problems"),
+        ({"seeds": 0}, "^seeds: 0 is out of range"),
+        ({"seeds": []}, "names no problems"),
         ({"seeds": [1, 1]}, "twice"),
         ({"starts": ("zero",)}, "where equilibrium is"),
         ({"starts": ("informed", "warm")}, "Choose among"),

@@ -11,6 +11,7 @@ from torch import Tensor
 from pushforward.errors import DataError, OptionError
 from pushforward.function_space.metrics import Metric, check_metric
 from pushforward.networks.likelihoods import Categorical, Gaussian
+from pushforward.options import choice
 
 __all__ = ["Fisher", "check_fisher", "cotangents", "label_targets"]
 
@@ -26,12 +27,7 @@ def check_fisher(fisher: str, metric: str) -> None:
         For an unknown way or metric, or an empirical Fisher of a metric that is no likelihood's.
     """
     check_metric(metric)
-    if fisher not in get_args(Fisher):
-        raise OptionError(
-            f"unknown way {fisher!r}",
-            where="fisher",
-            advice=f"Choose one of {', '.join(get_args(Fisher))}.",
-        )
+    choice(fisher, "fisher", get_args(Fisher))
     if fisher == "empirical" and metric == "softmax":
         raise OptionError(
             "the metric 'softmax' belongs to no likelihood of targets",

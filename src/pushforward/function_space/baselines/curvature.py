@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pushforward.errors import OptionError, ShapeError
+from pushforward.errors import ShapeError
 from pushforward.function_space.baselines.cotangents import (
     Fisher,
     check_fisher,
@@ -20,7 +19,6 @@ from pushforward.function_space.baselines.cotangents import (
 )
 from pushforward.function_space.baselines.layers import LinearLayer, find_layers, other_squares
 from pushforward.function_space.baselines.passes import (
-    check_batch_size,
     inputs_for,
     open_network,
     output_numbers,
@@ -34,6 +32,7 @@ from pushforward.function_space.metrics import Metric, check_axes
 from pushforward.function_space.network import ReferenceNetwork
 from pushforward.networks.batches import Batch, Inputs
 from pushforward.networks.data import Examples
+from pushforward.options import number, whole_number
 from pushforward.runs.rng import stream
 from pushforward.typing import Params
 
@@ -111,7 +110,7 @@ class CurvaturePass:
             If `outputs` are out of range.
         """
         check_fisher(fisher, metric)
-        check_batch_size(batch_size)
+        batch_size = whole_number(batch_size, "batch_size")
         reference, examples, count = open_network(net, data, targets=fisher == "empirical")
         check_axes(reference.output_shape, metric)
         chosen = tuple(output_numbers(reference, count, outputs).tolist())
@@ -180,20 +179,21 @@ class CurvaturePass:
         return directions
 
 
-def check_damping(damping: float) -> None:
+def check_damping(damping: float) -> float:
     """Refuse what does not make a singular matrix invertible.
+
+    Returns
+    -------
+    float
+        As a plain number.
 
     Raises
     ------
     OptionError
         If it is not positive and finite.
     """
-    if not (isfinite(damping) and damping > 0):
-        raise OptionError(
-            f"damping {damping!r}",
-            where="damping",
-            advice="Give a positive number, such as a tenth of the mean eigenvalue.",
-        )
+    advice = "Give a positive number, such as a tenth of the mean eigenvalue."
+    return number(damping, "damping", above=0, advice=advice)
 
 
 def leading_shape(reference: ReferenceNetwork, gradients: Params) -> tuple[int, ...]:

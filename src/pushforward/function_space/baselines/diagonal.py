@@ -190,7 +190,7 @@ class DiagonalDistance:
         OptionError
             If `damping` is not positive.
         """
-        check_damping(damping)
+        damping = check_damping(damping)
         leading_shape(self.reference, gradients)
         return {
             name: (gradients[name].double() / (own + damping)).to(gradients[name].dtype)

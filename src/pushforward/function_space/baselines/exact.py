@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pushforward.function_space.baselines.passes import (
-    check_batch_size,
     input_bytes,
     inputs_for,
     not_negative,
@@ -23,6 +22,7 @@ from pushforward.function_space.baselines.passes import (
 from pushforward.function_space.metrics import Metric, check_axes, check_metric, discrepancy
 from pushforward.function_space.network import Other, ReferenceNetwork
 from pushforward.networks.data import Examples
+from pushforward.options import whole_number
 from pushforward.runs.progress import track
 from pushforward.typing import Params
 
@@ -88,7 +88,7 @@ class ExactDistance:
         OptionError
             If `batch_size` is not positive.
         """
-        check_batch_size(batch_size)
+        batch_size = whole_number(batch_size, "batch_size")
         reference, examples, num_outputs = open_network(net, data)
         return cls(reference, examples, num_outputs, batch_size, progress)
 

@@ -262,7 +262,7 @@ class KroneckerDistance:
         OptionError
             If `damping` is not positive.
         """
-        check_damping(damping)
+        damping = check_damping(damping)
         leading_shape(self.reference, gradients)
         wide = {name: g.double() for name, g in gradients.items()}
         found: Params = {name: wide[name] / (own + damping) for name, own in self.diagonal.items()}

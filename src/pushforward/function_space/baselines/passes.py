@@ -15,11 +15,11 @@ from pushforward.function_space.network import Other, ReferenceNetwork, select_o
 from pushforward.networks.batches import Batch, Inputs, Table
 from pushforward.networks.data import Examples
 from pushforward.networks.model import FunctionalModel
+from pushforward.options import whole_number
 from pushforward.runs.rng import stream
 from pushforward.typing import Params
 
 __all__ = [
-    "check_batch_size",
     "displacement",
     "fixed_question",
     "input_bytes",
@@ -101,12 +101,7 @@ def random_examples(
     OptionError
         If there are not so many.
     """
-    if not 1 <= num_examples <= len(examples):
-        raise OptionError(
-            f"{num_examples} of {len(examples)} examples",
-            where="num_examples",
-            advice=f"Choose from 1 to {len(examples)}.",
-        )
+    num_examples = whole_number(num_examples, "num_examples", most=len(examples))
     order = torch.randperm(len(examples), generator=stream(seed, purpose))
     chosen = order[:num_examples].sort().values
     batch = examples.select(chosen)
@@ -121,22 +116,6 @@ def input_bytes(examples: Examples) -> int:
     """Bytes of the inputs of all examples."""
     first = examples.select(torch.tensor([0]))
     return Table(first.inputs, None).bytes_per_example * len(examples)
-
-
-def check_batch_size(batch_size: int) -> None:
-    """Refuse what is no number of examples.
-
-    Raises
-    ------
-    OptionError
-        If it is not positive.
-    """
-    if batch_size < 1:
-        raise OptionError(
-            f"{batch_size!r} examples in a batch",
-            where="batch_size",
-            advice="Give a positive number.",
-        )
 
 
 def output_numbers(reference: ReferenceNetwork, count: int, outputs: Any) -> Tensor:

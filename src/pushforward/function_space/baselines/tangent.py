@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pushforward.function_space.baselines.passes import (
-    check_batch_size,
     displacement,
     input_bytes,
     inputs_for,
@@ -27,6 +26,7 @@ from pushforward.function_space.network import Other, ReferenceNetwork
 from pushforward.networks.data import Examples
 from pushforward.networks.model import FunctionalModel, Inputs
 from pushforward.networks.tangent import Tangent
+from pushforward.options import whole_number
 from pushforward.runs.progress import track
 
 __all__ = ["TangentDistance"]
@@ -105,7 +105,7 @@ class TangentDistance:
         OptionError
             If `batch_size` is not positive, or there are not so many examples.
         """
-        check_batch_size(batch_size)
+        batch_size = whole_number(batch_size, "batch_size")
         reference, examples, num_outputs = open_network(net, data)
         if num_examples is not None:
             _, examples = random_examples(examples, num_examples, seed, "tangent distance")

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pushforward.errors import DataError, OptionError, ShapeError
 from pushforward.networks.parameters import ParameterSpace
+from pushforward.options import number
 from pushforward.runs.store import fingerprint
 from pushforward.sampling.intermediate_noise.maps import ActivationMap, AffineMap
 from pushforward.sampling.intermediate_noise.moves import (
@@ -106,19 +107,12 @@ def gibbs(
     >>> kernel.noise_size
     NoiseSize(normals=26, uniforms=10)
     """
-    alpha = 0.0 if overrelaxation is None else float(overrelaxation)
-    if not -1 < alpha <= 0:
-        raise OptionError(
-            f"{overrelaxation} is not an over-relaxation",
-            where="overrelaxation",
-            advice="Give a number above -1 and up to 0, such as -0.9.",
-        )
-    if not (hyperprior > 0 and math.isfinite(hyperprior)):
-        raise OptionError(
-            f"{hyperprior} is not the shape of a Gamma law",
-            where="hyperprior",
-            advice="Give a positive number; 1 is weak.",
-        )
+    alpha = 0.0
+    if overrelaxation is not None:
+        advice = "Give a number above -1 and up to 0, such as -0.9."
+        alpha = number(overrelaxation, "overrelaxation", above=-1, most=0, advice=advice)
+    advice = "Give a positive number, the shape of a Gamma law; 1 is weak."
+    hyperprior = number(hyperprior, "hyperprior", above=0, advice=advice)
     x, y = model.check_data(x, y)
     return Gibbs(
         model, x, y, scale_move, alpha, learn_noise, learn_prior_precision, Hyperprior(hyperprior)

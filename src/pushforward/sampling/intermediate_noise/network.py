@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from pushforward.errors import DataError, NetworkError, OptionError
 from pushforward.networks.parameters import ParameterSpace, match_names
+from pushforward.options import choice, number
 from pushforward.sampling.intermediate_noise.maps import AffineMap, NoisyMap, PoolingMap, read_maps
 from pushforward.typing import Params
 
@@ -87,12 +88,7 @@ class IntermediateNoiseNetwork:
     prior_precision: float | Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        if self.output not in {"regression", "classification"}:
-            raise OptionError(
-                f"{self.output!r} is not an output",
-                where="output",
-                advice="Choose 'regression' or 'classification'.",
-            )
+        choice(self.output, "output", ("regression", "classification"))
         _ = self.maps, self.variances, self.precisions
         if self.output == "classification" and self.units < 2:
             raise NetworkError(
@@ -153,16 +149,9 @@ class IntermediateNoiseNetwork:
         if isinstance(given, Mapping):
             for pattern, value in given.items():
                 names = match_names(tuple(found), pattern)
-                found.update(dict.fromkeys(names, float(value)))
+                found.update(dict.fromkeys(names, _precision(value)))
         elif given is not None:
-            found = dict.fromkeys(found, float(given))
-        for name, value in found.items():
-            if not (value > 0 and math.isfinite(value)):
-                raise OptionError(
-                    f"the precision of {name} is {value}",
-                    where="prior_precision",
-                    advice="Give positive numbers: the inverse of the prior variance.",
-                )
+            found = dict.fromkeys(found, _precision(given))
         return {name: found[name] for name in self.space.names}
 
     def shapes(self, example: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
@@ -546,19 +535,19 @@ def _spread(value: float | Sequence[float], count: int, where: str) -> list[floa
     given: Any = value  # arrays and tensors are as good as lists
     several = isinstance(given, Sequence) or getattr(given, "ndim", 0) > 0
     values = list(given) if several else [given] * count
-    numbers = [float(item) for item in values]
-    if len(numbers) != count:
+    if len(values) != count:
         raise OptionError(
-            f"{len(numbers)} variances for {count} maps",
+            f"{len(values)} variances for {count} maps",
             where=where,
             advice="Give one number for all, or one for each map in order.",
         )
-    for number in numbers:
-        if not (number > 0 and math.isfinite(number)):
-            raise OptionError(
-                f"{number} is not a variance",
-                where=where,
-                advice="Give positive numbers. The smaller they are, the closer the model is to "
-                "the network without noise and the slower the chains.",
-            )
-    return numbers
+    advice = (
+        "Give positive variances. The smaller they are, the closer the model is to the network "
+        "without noise and the slower the chains."
+    )
+    return [number(item, where, above=0, advice=advice) for item in values]
+
+
+def _precision(value: object) -> float:
+    advice = "Give positive numbers: the inverse of the prior variance."
+    return number(value, "prior_precision", above=0, advice=advice)

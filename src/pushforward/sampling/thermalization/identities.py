@@ -239,7 +239,8 @@ def _distance(instance: Instance, outputs: Tensor, statistic: Statistic | None) 
         raise OptionError(
             f"it returned {kind} for outputs {tuple(outputs.shape)}",
             where="statistic",
-            advice=f"Return one number a draw, a tensor ({len(outputs)},).",
+            advice=f"Return one number a draw, a tensor ({len(outputs)},): the first axis of the "
+            "outputs counts draws, and is not to be averaged over.",
         )
     return found.double()
 

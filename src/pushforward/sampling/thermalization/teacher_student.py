@@ -21,6 +21,7 @@ from pushforward.errors import DataError, OptionError
 from pushforward.networks.likelihoods import Bernoulli, Categorical, Likelihood
 from pushforward.networks.model import FunctionalModel
 from pushforward.networks.parameters import ParameterSpace
+from pushforward.options import whole_number
 from pushforward.runs.rng import stream
 from pushforward.runs.store import fingerprint
 from pushforward.sampling.intermediate_noise.network import IntermediateNoiseNetwork
@@ -111,7 +112,7 @@ class TeacherStudent:
                 "IntermediateNoiseNetwork.",
             )
         for name, value in (("inputs", self.inputs), ("test_inputs", self.test_inputs)):
-            _check_inputs(name, value)
+            object.__setattr__(self, name, _checked_inputs(name, value))
         if isinstance(self.inputs, Tensor) and isinstance(self.test_inputs, Tensor):
             ours, theirs = _sort_of(self.inputs), _sort_of(self.test_inputs)
             if ours != theirs:
@@ -513,7 +514,7 @@ def _sort_of(inputs: Tensor) -> str:
     return f"{inputs.dtype} {tuple(inputs.shape[1:])} on {inputs.device}"
 
 
-def _check_inputs(name: str, value: object) -> None:
+def _checked_inputs(name: str, value: Tensor | int) -> Tensor | int:
     if isinstance(value, Tensor):
         if not value.is_floating_point() or value.dim() < 2 or not len(value):
             raise DataError(
@@ -525,9 +526,6 @@ def _check_inputs(name: str, value: object) -> None:
             raise DataError(
                 "it holds NaN or infinite entries", where=name, advice="Clean the data first."
             )
-    elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise OptionError(
-            f"{value!r} are no inputs",
-            where=name,
-            advice="Give examples (n, *shape), or how many standard normal ones to draw.",
-        )
+        return value
+    advice = "Give examples (n, *shape), or how many standard normal ones to draw."
+    return whole_number(value, name, advice=advice)

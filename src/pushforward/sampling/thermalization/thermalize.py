@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pushforward.errors import OptionError, WeightsError
+from pushforward.options import number, whole_number
 from pushforward.runs.estimate import to_jsonable
 from pushforward.runs.progress import track
 from pushforward.sampling.thermalization.identities import Statistic, judge_identities
@@ -145,7 +146,19 @@ def thermalize(
     """
     kind = _kind(sampler)
     chosen = _checked_seeds(seeds)
-    _check_options(kind, starts, num_chains, budget, records, num_warmup, tolerance, required)
+    draws = kind == "draws"
+    num_chains = whole_number(num_chains, "num_chains", least=1 if draws else 2)
+    budget = whole_number(budget, "budget", least=1 if draws else 2 * FEWEST_RECORDS)
+    records = whole_number(records, "records", least=FEWEST_RECORDS)
+    if num_warmup is not None:
+        advice = "Give at most a quarter of the budget: the rule looks at the rest."
+        num_warmup = whole_number(
+            num_warmup, "num_warmup", least=0, most=budget // 4, advice=advice
+        )
+    seed = whole_number(seed, "seed", least=0)
+    tolerance = number(tolerance, "tolerance", above=1, advice="Give a number such as 1.25.")
+    required = number(required, "required", above=0, most=1)
+    _check_starts(kind, starts)
     plan = Plan(
         problem,
         sampler,
@@ -165,15 +178,17 @@ def thermalize(
     results: list[InstanceResult] = []
     interrupted = False
     with track(len(chosen), "Thermalisation", enabled=progress) as advance:
-        for number in chosen:
+        for problem_seed in chosen:
             try:
-                results.append(_resumed(folder, number) or _finished(plan, number, folder))
+                results.append(
+                    _resumed(folder, problem_seed) or _finished(plan, problem_seed, folder)
+                )
             except KeyboardInterrupt:
                 if not results:
                     raise
                 interrupted = True
                 break
-            advance(1, f"problem {number}")
+            advance(1, f"problem {problem_seed}")
     return _assembled(plan, results, required, interrupted)
 
 
@@ -264,59 +279,30 @@ def _kind(sampler: Any) -> str:
 
 
 def _checked_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
-    several = isinstance(seeds, Sequence) and not isinstance(seeds, str)
-    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds) if several else ()
+    advice = "Give a number from 1 on, or different seeds."
+    if not isinstance(seeds, Sequence):
+        return tuple(range(whole_number(seeds, "seeds", advice=advice)))
+    chosen = tuple(whole_number(seed, "seeds", least=0, advice=advice) for seed in seeds)
     if not chosen or len(set(chosen)) < len(chosen):
         raise OptionError(
-            f"{seeds!r} names no problems, or one of them twice",
-            where="seeds",
-            advice="Give a number from 1 on, or different seeds.",
+            f"{seeds!r} names no problems, or one of them twice", where="seeds", advice=advice
         )
     return chosen
 
 
-def _check_options(
-    kind: str,
-    starts: Sequence[str],
-    num_chains: int,
-    budget: int,
-    records: int,
-    num_warmup: int | None,
-    tolerance: float,
-    required: float,
-) -> None:
-    def refuse(what: str, where: str, advice: str) -> None:
-        raise OptionError(what, where=where, advice=advice)
-
-    for name, value, least in (
-        ("num_chains", num_chains, 1 if kind == "draws" else 2),
-        ("records", records, FEWEST_RECORDS),
-        ("budget", budget, 1 if kind == "draws" else 2 * FEWEST_RECORDS),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            refuse(f"{value!r} is out of range", name, f"Give an integer from {least} on.")
-    if not tolerance > 1:
-        refuse(f"{tolerance!r} is no ratio above 1", "tolerance", "Give a number such as 1.25.")
-    if not 0 < required <= 1:
-        refuse(f"{required!r} is no fraction", "required", "Give a number in (0, 1].")
-    if num_warmup is not None and not 0 <= num_warmup <= budget // 4:
-        refuse(
-            f"{num_warmup!r} of {budget:,} steps",
-            "num_warmup",
-            "Give at most a quarter of the budget: the rule looks at the rest.",
-        )
+def _check_starts(kind: str, starts: Sequence[str]) -> None:
     unknown = [start for start in starts if start not in STARTS]
     if unknown or len(set(starts)) < len(starts):
-        refuse(
+        raise OptionError(
             f"{list(starts)!r}",
-            "starts",
-            f"Choose among {', '.join(map(repr, STARTS))}, each once.",
+            where="starts",
+            advice=f"Choose among {', '.join(map(repr, STARTS))}, each once.",
         )
     if kind != "draws" and "informed" not in starts:
-        refuse(
+        raise OptionError(
             "nothing says where equilibrium is",
-            "starts",
-            "Add 'informed'. A sampler that cannot start there is a function (instance, "
+            where="starts",
+            advice="Add 'informed'. A sampler that cannot start there is a function (instance, "
             "num_draws, seed).",
         )
 
