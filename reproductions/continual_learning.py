@@ -25,14 +25,13 @@ file for each method and seed, and a table. Started again, it goes on where it w
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from time import perf_counter
 from typing import Any, Literal
 
@@ -40,7 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pushforward.errors import OptionError, PushforwardError, ResourceError, UnsupportedLayerError
+from pushforward.errors import OptionError, ResourceError, UnsupportedLayerError
 from pushforward.function_space.baselines.diagonal import DiagonalDistance
 from pushforward.function_space.baselines.kronecker import KroneckerDistance
 from pushforward.function_space.baselines.subset import SubsetDistance
@@ -51,6 +50,13 @@ from pushforward.function_space.summarize import summarize
 from pushforward.function_space.tasks import Task
 from pushforward.runs.rng import stream
 from reproductions.datasets import load_images, unit_images
+from reproductions.results import (
+    mean_and_spread,
+    read_result,
+    report,
+    settings_of,
+    write_result,
+)
 
 __all__ = ["METHODS", "ContinualLearning", "learn", "main"]
 
@@ -77,6 +83,11 @@ _PUBLISHED: dict[Problem, tuple[int, int, int, float]] = {
     "cifar": (5, 50, 512, 1e-3),
 }
 _WITHOUT_SCALE = ("none", "joint")
+# Options that do not decide the result of one method and seed; the last two are other places.
+_IMMATERIAL = (
+    *("output", "methods", "seeds", "scales", "tuning_tasks", "tuning_epochs"),
+    *("device", "data_dir"),
+)
 
 
 @dataclass(frozen=True)
@@ -164,17 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args=list(argv) if argv is not None else None,
         prog="python -m reproductions.continual_learning",
     )
-    options.output.mkdir(parents=True, exist_ok=True)
-    try:
-        results = list(learn(options))
-    except PushforwardError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    table = _table(results)
     path = options.output / f"continual-learning-{options.problem}.md"
-    path.write_text(table, encoding="utf-8")
-    print(table)
-    return 0
+    return report(path, learn(options), _table)
 
 
 def learn(options: ContinualLearning) -> Iterator[dict[str, Any]]:
@@ -406,21 +408,16 @@ def _stored(
     tasks, epochs, batch_size, rate = options.plan
     if not final:
         tasks, epochs = options.tuning_tasks or tasks, options.tuning_epochs or epochs
-    settings = asdict(options)
-    for field in ("output", "methods", "seeds", "scales", "tuning_tasks", "tuning_epochs"):
-        del settings[field]
-    for field in ("device", "data_dir"):  # other places, same answer
-        del settings[field]
-    settings |= {"method": method, "seed": seed, "scale": scale, "final": final}
-    settings |= {"tasks": tasks, "epochs": epochs, "batch_size": batch_size, "learning_rate": rate}
-    settings = json.loads(json.dumps(settings))
+    plan = {"tasks": tasks, "epochs": epochs, "batch_size": batch_size, "learning_rate": rate}
+    settings = settings_of(
+        options, _IMMATERIAL, method=method, seed=seed, scale=scale, final=final, **plan
+    )
     kind = "" if final else f"-validation-{scale:g}"
     name = f"continual-learning-{options.problem}-{method}-{seed}{kind}"
     path = options.output / f"{name}.json"
-    if path.exists():
-        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if known["settings"] == settings:
-            return known
+    known = read_result(path, settings)
+    if known is not None:
+        return known
     start = perf_counter()
     net = _network(options, seed)
     data = examples.tasks(options, tasks, final=final)
@@ -445,7 +442,7 @@ def _stored(
             **_measured(options, method),
         ).to_dict()
     found = {"settings": settings, **found, "seconds": perf_counter() - start}
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_result(path, found)
     shutil.rmtree(state, ignore_errors=True)
     print(
         f"{name}: scale {scale:g}, accuracy {found['mean_accuracy']:.4f}, backward transfer "
@@ -510,7 +507,7 @@ def _head(outputs: Tensor, targets: Tensor, task: Task) -> tuple[Tensor, Tensor]
 # --- table ----------------------------------------------------------------------------------------
 
 
-def _table(results: list[dict[str, Any]]) -> str:
+def _table(results: Sequence[dict[str, Any]]) -> str:
     """Means over seeds, with standard deviations where there are several."""
     head = ("method", "scale", "seeds", "accuracy, %", "backward transfer, %", "bytes a task", "s")
     lines = [f"| {' | '.join(head)} |", "|---|---:|---:|---:|---:|---:|---:|"]
@@ -521,8 +518,8 @@ def _table(results: list[dict[str, Any]]) -> str:
             method,
             f"{own[0]['settings']['scale']:g}" if method not in _WITHOUT_SCALE else "",
             str(len(own)),
-            _percent([found["mean_accuracy"] for found in own]),
-            _percent([found["backward_transfer"] for found in own]) if method != "joint" else "",
+            _percent(own, "mean_accuracy"),
+            _percent(own, "backward_transfer") if method != "joint" else "",
             f"{max(own[0]['num_bytes']):,}" if method not in _WITHOUT_SCALE else "",
             f"{mean(found['seconds'] for found in own):.0f}",
         ]
@@ -530,9 +527,8 @@ def _table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _percent(values: list[float]) -> str:
-    spread = f" ± {100 * stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{100 * mean(values):.2f}{spread}"
+def _percent(results: list[dict[str, Any]], name: str) -> str:
+    return mean_and_spread([100 * found[name] for found in results], ".2f", ".2f")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ that the exact Gauss-Newton matrix can be formed.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pushforward.errors import DataError, PushforwardError
+from pushforward.errors import DataError
 from pushforward.function_space.baselines.diagonal import DiagonalDistance
 from pushforward.function_space.baselines.exact import ExactDistance
 from pushforward.function_space.baselines.kronecker import KroneckerDistance
@@ -42,6 +41,7 @@ from pushforward.function_space.summarize import summarize
 from pushforward.networks.data import Examples
 from pushforward.runs.rng import stream
 from reproductions.datasets import data_folder, load_mnist, standardise, unit_images
+from reproductions.results import read_result, report, write_result
 
 __all__ = ["Study", "main", "study"]
 
@@ -118,15 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import tyro
 
     options = tyro.cli(Study, args=argv)
-    try:
-        results = list(study(options))
-    except PushforwardError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    table = _table(results)
-    (options.output / f"influence-{options.study}.md").write_text(table, encoding="utf-8")
-    print(table)
-    return 0
+    return report(options.output / f"influence-{options.study}.md", study(options), _table)
 
 
 def study(options: Study) -> Iterator[dict[str, Any]]:
@@ -140,13 +132,12 @@ def study(options: Study) -> Iterator[dict[str, Any]]:
     options.output.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         path = options.output / f"influence-{options.study}-{seed}.json"
-        if path.exists():
-            yield json.loads(path.read_text(encoding="utf-8"))
-            continue
-        one = _wrong_labels if options.study == "mislabels" else _responses
-        result = {"study": options.study, "seed": seed, **one(options, seed)}
-        path.write_text(json.dumps(result, indent=1), encoding="utf-8")
-        print(f"seed {seed}: {path}", flush=True)
+        result = read_result(path)
+        if result is None:
+            one = _wrong_labels if options.study == "mislabels" else _responses
+            result = {"study": options.study, "seed": seed, **one(options, seed)}
+            write_result(path, result)
+            print(f"seed {seed}: {path}", flush=True)
         yield result
 
 

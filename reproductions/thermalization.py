@@ -35,6 +35,7 @@ from pushforward.sampling.mala import MALA
 from pushforward.sampling.runner import sample
 from pushforward.sampling.thermalization.teacher_student import Instance, TeacherStudent
 from pushforward.sampling.thermalization.thermalize import ThermalizationReport, thermalize
+from reproductions.results import read_result, write_result
 
 __all__ = ["Thermalization", "main", "study"]
 
@@ -132,14 +133,11 @@ def study(options: Thermalization) -> Iterator[dict[str, Any]]:
         for noise in options.noises:
             path = options.output / f"{sampler}-{noise:g}.json"
             settings = _settings(options, sampler, noise)
-            if path.exists():
-                found = json.loads(path.read_text(encoding="utf-8"))
-                if found["settings"] == settings:
-                    yield found
-                    continue
-            found = {"settings": settings, **_one(options, sampler, noise)}
-            path.write_text(json.dumps(found, indent=1), encoding="utf-8")
-            print(f"{path}: {found['verdict']}", flush=True)
+            found = read_result(path, settings)
+            if found is None:
+                found = {"settings": settings, **_one(options, sampler, noise)}
+                write_result(path, found)
+                print(f"{path}: {found['verdict']}", flush=True)
             yield found
 
 

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from time import perf_counter
 from typing import Any, Literal
 
@@ -21,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 import pushforward as pf
-from pushforward.errors import PushforwardError
 from pushforward.linearised_laplace.calibration import (
     accuracy,
     auroc,
@@ -40,6 +38,7 @@ from reproductions.datasets import (
     unit_images,
 )
 from reproductions.networks import NetworkName
+from reproductions.results import mean_and_spread, read_result, report, write_result
 from reproductions.train import DATA, load_trained, training_images
 
 __all__ = ["Uncertainty", "main", "study"]
@@ -103,15 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import tyro
 
     options = tyro.cli(Uncertainty, args=argv)
-    try:
-        results = list(study(options))
-    except PushforwardError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    table = _table(results)
-    (options.output / f"{options.network}.md").write_text(table, encoding="utf-8")
-    print(table)
-    return 0
+    return report(options.output / f"{options.network}.md", study(options), _table)
 
 
 def study(options: Uncertainty) -> Iterator[dict[str, Any]]:
@@ -128,13 +119,12 @@ def study(options: Uncertainty) -> Iterator[dict[str, Any]]:
     shifted: _Shifted | None = None
     for seed in options.seeds:
         path = options.output / f"{options.network}-{seed}.json"
-        if path.exists():
-            yield json.loads(path.read_text(encoding="utf-8"))
-            continue
-        shifted = shifted or _shifts(options, name, cache)
-        result = _one_seed(options, seed, shifted, cache)
-        path.write_text(json.dumps(result, indent=1), encoding="utf-8")
-        print(f"seed {seed}: {path}", flush=True)
+        result = read_result(path)
+        if result is None:
+            shifted = shifted or _shifts(options, name, cache)
+            result = _one_seed(options, seed, shifted, cache)
+            write_result(path, result)
+            print(f"seed {seed}: {path}", flush=True)
         yield result
 
 
@@ -274,8 +264,7 @@ def _table(results: Sequence[dict[str, Any]]) -> str:
         cells = []
         for method in methods:
             values = [result["scores"][method][column] for result in results]
-            spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
-            cells.append(f"{mean(values):.4g}{spread}")
+            cells.append(mean_and_spread(values))
         lines.append(f"| {column} | " + " | ".join(cells) + " |")
     lines += [
         "",
