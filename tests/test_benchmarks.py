@@ -147,7 +147,8 @@ def test_samplers_are_judged_by_effective_draws(benchmark, tmp_path):
     script = benchmark("samplers")
     assert script.main(["--quick", "--chains", "2", "--output", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "samplers.json").read_text("utf-8"))["runs"]
-    assert [row["sampler"] for row in rows] == ["NUTS", "HMC"]
+    made = [(row["sampler"], row["mass"]) for row in rows]
+    assert made == [(s, m) for m in ("diagonal", "dense") for s in ("NUTS", "HMC")]
     assert all(row["effective"] > 0 and row["largest z of a mean"] < 10 for row in rows)
 
 
