@@ -25,9 +25,10 @@ test: .venv/.dev
 
 # The same tests once more, with every annotated shape and type checked at run time. An int counts as
 # a float, as it does for mypy; beartype's dice inside Hypothesis strategies are not the strategies' own.
+# Statistical tests are left out: they make the calls that others make, ten thousand times.
 CHECKER = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 shapes: .venv/.dev
-	$(BIN)/pytest -n $(JOBS) -q --ignore=tests/test_documents.py --ignore=tests/oracles \
+	$(BIN)/pytest -n $(JOBS) -q -m "not slow and not statistical" --ignore=tests/test_documents.py --ignore=tests/oracles \
 	  --ignore=tests/test_benchmarks.py --ignore=tests/test_reproductions.py \
 	  --ignore=tests/benchmarks --ignore=tests/reproductions \
 	  --ignore=tests/linearised_laplace/test_distributed.py --ignore=tests/sampling/test_distributed.py \
