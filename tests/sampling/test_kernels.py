@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -243,6 +244,7 @@ P = gaussian_potential(MEAN, COVARIANCE)
         (lambda: HMC(P, jitter=1.0), "jitter"),
         (lambda: HMC(P, target_acceptance=1.0), "target_acceptance"),
         (lambda: HMC(P, mass="full"), "mass"),
+        (lambda: HMC(P, mass=np.eye(3)), "mass"),
         (lambda: HMC(P, mass=torch.diag(torch.tensor([1.0, -1.0, 1.0]))), "mass"),
         (lambda: HMC(P, mass=torch.tensor([[1.0, 1.0, 0], [0, 1.0, 0], [0, 0, 1.0]])), "mass"),
         (lambda: HMC(P, mass=torch.ones(2)), "mass"),

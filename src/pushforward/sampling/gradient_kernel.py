@@ -158,9 +158,9 @@ class AdaptiveKernel(GradientKernel):
                     advice=f"Give {size} positive numbers, inverse variances, or a positive "
                     f"definite matrix ({size}, {size}).",
                 )
-        elif self.mass not in _MASSES:
+        elif not (isinstance(self.mass, str) and self.mass in _MASSES):
             raise OptionError(
-                f"there is no mass {self.mass!r}",
+                f"there is no mass {self.mass!r:.80}",
                 where="mass",
                 advice=f"Choose one of {', '.join(_MASSES)}, or give a tensor of inverse "
                 "variances or an inverse covariance.",
