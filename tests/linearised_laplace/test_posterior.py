@@ -8,7 +8,8 @@ import torch
 import pushforward as pf
 from laplace_scenarios import PROBLEMS, numbers
 from oracles.linear_gaussian import dense_jacobian
-from pushforward.errors import DataError, OptionError
+from pushforward.errors import DataError, OptionError, ResourceError
+from pushforward.linearised_laplace import posterior as posterior_module
 
 X = 1.5 * numbers(12, 3, seed=90)
 
@@ -66,6 +67,26 @@ def test_monte_carlo_averages_over_the_draws(problem, method):
     prediction = posterior.predict(X, link="monte_carlo")
     expected = problem.likelihood.mean(outputs + shift).mean(0)
     torch.testing.assert_close(prediction.expected, expected)
+
+
+@pytest.mark.parametrize("method", ["exact", "sampled"])
+def test_outputs_of_every_draw(problem, method):
+    posterior = posterior_of(problem, method)
+    outputs, shift = moved(problem, posterior)
+    torch.testing.assert_close(posterior.output_draws(X), outputs + shift)
+    loader = torch.utils.data.DataLoader(X, batch_size=5)
+    torch.testing.assert_close(posterior.output_draws(loader), outputs + shift)
+    hot = posterior.with_temperature(4.0)
+    torch.testing.assert_close(hot.output_draws(X), outputs + 2 * shift)
+
+
+def test_outputs_of_every_draw_need_memory(monkeypatch):
+    posterior = posterior_of(PROBLEMS["categorical"])
+    monkeypatch.setattr(posterior_module, "available_memory", lambda _device: 1_000)
+    with pytest.raises(
+        ResourceError, match=r"20 draws for 12 examples.*Give at most \d+ examples\."
+    ):
+        posterior.output_draws(X)
 
 
 def test_probabilities_belong_to_classifications(problem):

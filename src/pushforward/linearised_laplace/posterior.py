@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pushforward.errors import DataError
+from pushforward.errors import DataError, ResourceError
 from pushforward.linearised_laplace.exact import DualFactor, PrimalFactor
 from pushforward.linearised_laplace.linear_model import Offset
 from pushforward.linearised_laplace.prediction import Prediction
@@ -26,7 +26,7 @@ from pushforward.networks.problem import activation_bytes
 from pushforward.networks.tangent import Tangent
 from pushforward.options import choice, number
 from pushforward.runs.estimate import Check, Cost, Estimate, Status, to_jsonable, worst_status
-from pushforward.runs.plan import Plan
+from pushforward.runs.plan import Plan, available_memory, format_bytes
 from pushforward.runs.progress import track
 from pushforward.typing import Params
 
@@ -311,6 +311,41 @@ class LaplacePosterior:
             isinstance(self.likelihood, Categorical | Bernoulli),
         )
 
+    def output_draws(self, x: Any, *, progress: bool | None = False) -> Float[Tensor, "K B *event"]:
+        """Outputs of the linear model at every posterior draw: functions, seen at some inputs.
+
+        They are correlated between inputs and between outputs as the posterior says, so whatever
+        is not a mean or a variance (a quantile, the largest output, a difference) comes from here.
+
+        Parameters
+        ----------
+        x
+            Inputs, as in `predict`.
+        progress
+            Whether to show a bar; None: on a terminal, when it takes long.
+
+        Returns
+        -------
+        Tensor
+            ``(K, B, *event)``, before any link (logits, say), on the device and in the dtype of the
+            network.
+
+        Raises
+        ------
+        ResourceError
+            When the outputs of all draws do not fit into memory.
+        """
+        examples = Examples.read(x, name="x", device=self.model.device, targets=False)
+        parts: list[Tensor] = []
+        with track(len(examples), "Drawing outputs", enabled=progress) as advance:
+            for batch in self._batches(examples):
+                moved = self._moved(batch)
+                if not parts:  # joined in the end: a second copy
+                    require_memory(moved, len(examples), "x", moved.element_size())
+                parts.append(self.model.predict(batch.inputs) + moved)
+                advance(len(batch))
+        return torch.cat(parts, 1)
+
     def log_likelihood(self, x: Any, y: Tensor | None = None, *, joint: bool = False) -> Estimate:
         """Log-probability of targets under the posterior predictive, by its draws.
 
@@ -473,3 +508,41 @@ def check_link(link: str) -> None:
         With those that there are.
     """
     choice(link, "link", _LINKS)
+
+
+def require_memory(
+    moved: Float[Tensor, "K B *event"],
+    examples: int,
+    where: str,
+    work: int,
+    otherwise: str = "",
+) -> None:
+    """Refuse before what all draws add to the outputs fills the memory.
+
+    Parameters
+    ----------
+    moved
+        Of a first batch.
+    examples
+        In all.
+    where
+        Name of the data.
+    work
+        Bytes for each number besides its own.
+    otherwise
+        What else can be done than give fewer.
+
+    Raises
+    ------
+    ResourceError
+        With how much it would take.
+    """
+    each = moved[:, 0].numel() * (moved.element_size() + work)
+    room = available_memory(moved.device)
+    if each * examples > room:
+        raise ResourceError(
+            f"the moved outputs of {len(moved)} draws for {examples:,} examples need "
+            f"{format_bytes(each * examples)} of memory where {format_bytes(room)} are available",
+            where=where,
+            advice=f"Give at most {room // each:,} examples{otherwise}.",
+        )

@@ -12,17 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pushforward.errors import OptionError, ResourceError
+from pushforward.errors import OptionError
 from pushforward.linearised_laplace.calibration import Metric, mean_with_error
 from pushforward.linearised_laplace.evaluation import log_likelihoods
 from pushforward.linearised_laplace.exact import DualFactor, Factor
 from pushforward.linearised_laplace.fit import laplace
-from pushforward.linearised_laplace.posterior import LaplacePosterior, Link, check_link
+from pushforward.linearised_laplace.posterior import (
+    LaplacePosterior,
+    Link,
+    check_link,
+    require_memory,
+)
 from pushforward.networks.data import Examples
 from pushforward.networks.likelihoods import Gaussian, Likelihood, Poisson
 from pushforward.networks.model import FunctionalModel
 from pushforward.runs.estimate import Check
-from pushforward.runs.plan import available_memory, format_bytes
 
 __all__ = ["choose_prior_precision", "fit_temperature"]
 
@@ -251,7 +255,9 @@ def _scorer(posterior: LaplacePosterior, validation: Any, link: Link) -> Callabl
             assert moved is not None
             spread = moved.transpose(0, 1)
             if not parts:
-                _require_memory(spread, len(examples))
+                # Kept, and worked on in float64.
+                work, otherwise = 3 * 8, ", or use link='probit'"
+                require_memory(moved, len(examples), examples.name, work, otherwise)
         targets = likelihood.check_targets(outputs, batch.targets, examples.name)
         parts.append((outputs, spread, targets))
     outputs, spread, targets = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -264,25 +270,6 @@ def _scorer(posterior: LaplacePosterior, validation: Any, link: Link) -> Callabl
         return likelihood.log_prob(drawn, targets).logsumexp(0) - log(len(moved))
 
     return by_draws
-
-
-def _require_memory(spread: Tensor, examples: int) -> None:
-    """Refuse before the moved outputs of all draws fill the memory.
-
-    Raises
-    ------
-    ResourceError
-        With how much they would take.
-    """
-    each = spread[0].numel() * (spread.element_size() + 3 * 8)  # kept, and worked on in float64
-    room = available_memory(spread.device)
-    if each * examples > room:
-        raise ResourceError(
-            f"the moved outputs of {spread.shape[1]} draws for {examples:,} examples need "
-            f"{format_bytes(each * examples)} of memory where {format_bytes(room)} are available",
-            where="validation",
-            advice=f"Give at most {room // each:,} examples, or use link='probit'.",
-        )
 
 
 def _check_link(link: Link, likelihood: Likelihood) -> None:
