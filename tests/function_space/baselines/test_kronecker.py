@@ -48,6 +48,27 @@ def test_it_is_the_formula_from_dense_arrays(metric, corrected):
 
 
 @pytest.mark.parametrize("corrected", [False, True])
+def test_of_fewer_examples_than_inputs_it_keeps_what_they_reach(corrected):
+    net, x = multilayer(), numbers(2, 3, seed=1)
+    other = moved(net)
+    found = KroneckerDistance.of(net, x, eigenvalue_corrected=corrected)
+    assert [part.input_basis.shape for part in found.layers] == [(4, 2), (6, 2), (5, 2)]
+    expected = formula(net, other, x, (0, 2, 4), "euclidean", corrected)
+    assert float(found.distance(other).detach()) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_an_input_that_is_always_zero_is_not_kept(corrected):
+    net, x = multilayer(), numbers(17, 3, seed=1)
+    x[:, 1] = 0
+    other = moved(net)
+    found = KroneckerDistance.of(net, x, eigenvalue_corrected=corrected)
+    assert found.layers[0].input_basis.shape == (4, 3)
+    expected = formula(net, other, x, (0, 2, 4), "euclidean", corrected)
+    assert float(found.distance(other).detach()) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
 def test_of_a_convolution(corrected):
     net, x = convolutional(), numbers(17, 2, 5, 4, seed=2)
     other = moved(net)
@@ -95,8 +116,12 @@ def test_all_other_parameters_have_the_exact_diagonal():
 
 
 @pytest.mark.parametrize("corrected", [False, True])
-def test_it_solves_with_its_own_matrix(corrected):
-    net, x = words(), sentences(17)
+@pytest.mark.parametrize(
+    ("net", "x"),
+    [(words(), sentences(17)), (multilayer(), numbers(2, 3, seed=1))],
+    ids=["words", "few examples"],
+)
+def test_it_solves_with_its_own_matrix(net, x, corrected):
     found = KroneckerDistance.of(net, x, eigenvalue_corrected=corrected)
     point = {n: p.detach().clone().requires_grad_() for n, p in net.named_parameters()}
     first = torch.autograd.grad(found.distance(point), point.values(), create_graph=True)

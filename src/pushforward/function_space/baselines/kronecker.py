@@ -38,24 +38,25 @@ class KroneckerLayer:
     layer
         Linear or Conv2d.
     input_basis, output_basis
-        Eigenvectors ``(in, in)`` of ``A`` and ``(out, out)`` of ``B``, in columns; the constant
-        that goes with a bias counts as the last input.
+        Eigenvectors ``(in, i)`` of ``A`` and ``(out, o)`` of ``B``, in columns, without those that
+        no example reaches, where the curvature is zero; the constant that goes with a bias counts
+        as the last input.
     input_eigenvalues, output_eigenvalues
         Of ``A`` and ``B``, not negative.
     corrected
-        ``(out, in)`` curvature along each pair of eigenvectors (EK-FAC); None for KFAC, where it is
+        ``(o, i)`` curvature along each pair of eigenvectors (EK-FAC); None for KFAC, where it is
         the product of the eigenvalues.
     """
 
     layer: LinearLayer
-    input_basis: Float[Tensor, "in in"]
-    output_basis: Float[Tensor, "out out"]
-    input_eigenvalues: Float[Tensor, " in"]
-    output_eigenvalues: Float[Tensor, " out"]
-    corrected: Float[Tensor, "out in"] | None = None
+    input_basis: Float[Tensor, "in i"]
+    output_basis: Float[Tensor, "out o"]
+    input_eigenvalues: Float[Tensor, " i"]
+    output_eigenvalues: Float[Tensor, " o"]
+    corrected: Float[Tensor, "o i"] | None = None
 
     @property
-    def eigenvalues(self) -> Float[Tensor, "out in"]:
+    def eigenvalues(self) -> Float[Tensor, "o i"]:
         """Curvature along each pair of eigenvectors."""
         if self.corrected is not None:
             return self.corrected
@@ -68,14 +69,12 @@ class KroneckerLayer:
         held += [self.output_eigenvalues, *([] if self.corrected is None else [self.corrected])]
         return sum(t.numel() * t.element_size() for t in held)
 
-    def rotated(self, matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch out in"]:
-        """A matrix of weights in the eigenvectors."""
-        return self.output_basis.T @ matrix @ self.input_basis
+    def rotated(self, matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch o i"]:
+        """A matrix of weights in the eigenvectors, in its own type."""
+        return self.output_basis.T.to(matrix) @ matrix @ self.input_basis.to(matrix)
 
-    def rotated_back(
-        self, matrix: Float[Tensor, "*batch out in"]
-    ) -> Float[Tensor, "*batch out in"]:
-        """The inverse of `rotated`."""
+    def rotated_back(self, matrix: Float[Tensor, "*batch o i"]) -> Float[Tensor, "*batch out in"]:
+        """The transpose of `rotated`, and its inverse where the eigenvectors reach."""
         return self.output_basis @ matrix @ self.input_basis.T
 
 
@@ -235,10 +234,13 @@ class KroneckerDistance:
         fixed_question((self.metric, self.outputs), self.num_outputs, metric, outputs)
         moved = displacement(self.reference, other)
         terms = [(own * moved[name].square()).sum() for name, own in self.diagonal.items()]
+        kind = weights_dtype(self.reference, other)
+        # Differences of weights want float64, rotations of them do not, and cost the time.
+        rotated = torch.promote_types(kind, torch.float32)
         for part in self.layers:
-            matrix = part.rotated(part.layer.matrix(moved))
+            matrix = part.rotated(part.layer.matrix(moved).to(rotated)).double()
             terms.append((part.eigenvalues * matrix.square()).sum())
-        return (torch.stack(terms).sum() / 2).to(weights_dtype(self.reference, other))
+        return (torch.stack(terms).sum() / 2).to(kind)
 
     def solve(self, gradients: Params, damping: float) -> Params:
         """Solve with the damped curvature, ``(G + damping I)^{-1} g``, in the eigenvectors.
@@ -267,34 +269,43 @@ class KroneckerDistance:
         wide = {name: g.double() for name, g in gradients.items()}
         found: Params = {name: wide[name] / (own + damping) for name, own in self.diagonal.items()}
         for part in self.layers:
-            matrix = part.rotated(part.layer.matrix(wide)) / (part.eigenvalues + damping)
-            found |= part.layer.tensors(part.rotated_back(matrix))
+            matrix = part.layer.matrix(wide)
+            inside = part.rotated(matrix)
+            outside = matrix - part.rotated_back(inside)
+            solved = part.rotated_back(inside / (part.eigenvalues + damping)) + outside / damping
+            found |= part.layer.tensors(solved)
         names = self.reference.parameter_names
         return {name: found[name].to(gradients[name].dtype) for name in names}
 
 
 def _factors(work: CurvaturePass, advance: Advance) -> tuple[tuple[KroneckerLayer, ...], Params]:
     """Factors of all layers, and the diagonal of the rest."""
+    count = len(work.examples)
+    rows: dict[str, list[Tensor]] = {}
     a_sums: Params = {}
     b_sums: Params = {}
     diagonal: Params = {}
     for size, inputs, directions in work.batches():
         for part in layer_gradients(work.reference, work.layers, inputs, directions):
-            path, positions = part.layer.path, part.activations.shape[1]
-            if part.number == 0:
+            path, (_, positions, width) = part.layer.path, part.activations.shape
+            if part.number == 0 and count * positions < width:
+                entered = part.activations.flatten(0, 1) / (count * positions) ** 0.5
+                rows.setdefault(path, []).append(entered.double())
+            elif part.number == 0:
                 _add(a_sums, path, _second_moment(part.activations) / positions)
             _add(b_sums, path, _second_moment(part.gradients))
         for name, entries in work.squares_of_others(inputs, directions).items():
             _add(diagonal, name, entries)
         advance(size)
-    count = len(work.examples)
     layers = []
     for layer in work.layers:
-        a_values, a_basis = torch.linalg.eigh(a_sums[layer.path] / count)
-        b_values, b_basis = torch.linalg.eigh(b_sums[layer.path] / count)
-        # Rounding puts the eigenvalues of a singular factor on either side of zero.
-        values = a_values.clamp(min=0), b_values.clamp(min=0)
-        layers.append(KroneckerLayer(layer, a_basis, b_basis, *values))
+        if layer.path in rows:  # fewer than the width: A is never formed
+            _, lengths, vectors = torch.linalg.svd(torch.cat(rows[layer.path]), full_matrices=False)
+            a_values, a_basis = _nonzero(lengths.square(), vectors.T)
+        else:
+            a_values, a_basis = _nonzero(*torch.linalg.eigh(a_sums[layer.path] / count))
+        b_values, b_basis = _nonzero(*torch.linalg.eigh(b_sums[layer.path] / count))
+        layers.append(KroneckerLayer(layer, a_basis, b_basis, a_values, b_values))
     return tuple(layers), {name: total / count for name, total in diagonal.items()}
 
 
@@ -305,12 +316,18 @@ def _corrected(
     totals = {part.layer.path: torch.zeros_like(part.eigenvalues) for part in layers}
     parts = {part.layer.path: part for part in layers}
     for size, inputs, directions in work.batches():
+        entered: Params = {}
         for found in layer_gradients(work.reference, work.layers, inputs, directions):
-            part = parts[found.layer.path]
-            kind = found.activations.dtype
-            entered = found.activations @ part.input_basis.to(kind)
+            path, kind = found.layer.path, found.activations.dtype
+            part = parts[path]
+            if found.activations.shape[1] > len(part.output_basis):
+                # With many positions the gradient of an example is smaller than what makes it.
+                totals[path] += squares(found.activations, found.gradients, part.rotated)
+                continue
+            if found.number == 0:
+                entered[path] = found.activations @ part.input_basis.to(kind)
             left = found.gradients @ part.output_basis.to(kind)
-            totals[found.layer.path] += squares(entered, left)
+            totals[path] += squares(entered[path], left)
         advance(size)
     count = len(work.examples)
     return tuple(
@@ -324,6 +341,14 @@ def _corrected(
         )
         for path, part in parts.items()
     )
+
+
+def _nonzero(
+    values: Float[Tensor, " d"], vectors: Float[Tensor, "width d"]
+) -> tuple[Float[Tensor, " r"], Float[Tensor, "width r"]]:
+    """Eigenvalues above rounding, and their vectors."""
+    kept = values > len(values) * torch.finfo(values.dtype).eps * values.max()
+    return values[kept], vectors[:, kept].contiguous()
 
 
 def _second_moment(rows: Float[Tensor, "B T d"]) -> Float[Tensor, "d d"]:

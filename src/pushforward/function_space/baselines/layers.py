@@ -200,15 +200,34 @@ def find_layers(reference: ReferenceNetwork, inputs: Inputs) -> tuple[LinearLaye
 
 
 def squares(
-    activations: Float[Tensor, "B T in"], gradients: Float[Tensor, "B T out"]
-) -> Float[Tensor, "out in"]:
-    """Sum over examples of the squares of their gradients, entry by entry, in float64."""
-    if activations.shape[1] == 1:
+    activations: Float[Tensor, "B T in"],
+    gradients: Float[Tensor, "B T out"],
+    rotated: Callable[[Float[Tensor, "b out in"]], Float[Tensor, "b o i"]] | None = None,
+) -> Float[Tensor, "o i"]:
+    """Sum over examples of the squares of their gradients, entry by entry.
+
+    Parameters
+    ----------
+    activations, gradients
+        Of a `LayerGradient`.
+    rotated
+        Of gradients, before they are squared; None: as they are.
+
+    Returns
+    -------
+    Tensor
+        ``(out, in)`` float64, or as `rotated` has it.
+    """
+    if activations.shape[1] == 1 and rotated is None:
         return (gradients[:, 0].square().T @ activations[:, 0].square()).double()
     size = max(1, _CHUNK // (activations.shape[2] * gradients.shape[2]))
-    total = activations.new_zeros(gradients.shape[2], activations.shape[2], dtype=torch.float64)
+    total: Tensor | None = None
     for a, g in zip(activations.split(size), gradients.split(size), strict=True):
-        total += (g.transpose(1, 2) @ a).square().sum(0, dtype=torch.float64)
+        products = g.transpose(1, 2) @ a
+        own = products if rotated is None else rotated(products)
+        entries = own.square().sum(0, dtype=torch.float64)
+        total = entries if total is None else total + entries
+    assert total is not None  # there are examples
     return total
 
 
