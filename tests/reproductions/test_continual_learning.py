@@ -1,54 +1,26 @@
 """The script of continual learning, on a few images in the files' formats."""
 
 import importlib
-import io
 import json
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from image_files import write_cifar10, write_mnist
+
 TRAIN, TEST = 100, 40
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    monkeypatch.delenv("PUSHFORWARD_DATA", raising=False)
+def script():
     return importlib.import_module("reproductions.continual_learning")
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Digits are a bright square in the place of their class, colours are noise."""
-    image_module = pytest.importorskip("PIL.Image")
-    rng = np.random.default_rng(0)
-    digits, colours = {}, {}
-    for split, count in (("train", TRAIN), ("test", TEST)):
-        labels = (np.arange(count) % 10).astype(np.uint8)
-        pixels = rng.integers(0, 40, size=(count, 28, 28)).astype(np.uint8)
-        for image, label in zip(pixels, labels, strict=True):
-            row, column = divmod(int(label), 4)
-            image[2 + 8 * row : 9 + 8 * row, 7 * column : 7 + 7 * column] = 230
-        digits |= {f"x_{split}": pixels, f"y_{split}": labels}
-        files = []
-        for _ in range(count):
-            buffer = io.BytesIO()
-            noise = rng.integers(0, 255, size=(32, 32, 3)).astype(np.uint8)
-            image_module.fromarray(noise).save(buffer, "JPEG")
-            files.append(buffer.getvalue())
-        colours |= {
-            f"jpeg_{split}": np.frombuffer(b"".join(files), np.uint8),
-            f"offsets_{split}": np.cumsum([0, *map(len, files)]),
-            f"y_{split}": labels,
-        }
-    data = tmp_path / "data"
-    data.mkdir()
-    np.savez(data / "mnist.npz", **digits)
-    np.savez(data / "cifar10_jpeg.npz", **colours)
-    return data
+    write_mnist(tmp_path / "data", TRAIN, TEST)
+    write_cifar10(tmp_path / "data", TRAIN, TEST)
+    return tmp_path / "data"
 
 
 def arguments(folder, output, problem, methods, *more):

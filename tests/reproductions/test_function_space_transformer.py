@@ -2,16 +2,12 @@
 
 import importlib
 import json
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
+def script():
     return importlib.import_module("reproductions.function_space_transformer")
 
 

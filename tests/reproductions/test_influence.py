@@ -2,19 +2,16 @@
 
 import importlib
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from image_files import write_mnist
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    monkeypatch.delenv("PUSHFORWARD_DATA", raising=False)
+def script():
     return importlib.import_module("reproductions.influence")
 
 
@@ -30,15 +27,7 @@ def folder(tmp_path):
     mask = np.zeros((40, 2), int)
     mask[:8, 0] = mask[8:16, 1] = 1
     np.savetxt(concrete / "test_mask.csv.gz", mask, fmt="%d", delimiter=",")
-    digits = {}
-    for split, count in (("train", 60), ("test", 20)):
-        labels = (np.arange(count) % 10).astype(np.uint8)
-        pixels = rng.integers(0, 40, size=(count, 28, 28)).astype(np.uint8)
-        for image, label in zip(pixels, labels, strict=True):
-            row, column = divmod(int(label), 4)
-            image[2 + 8 * row : 9 + 8 * row, 7 * column : 7 + 7 * column] = 230
-        digits |= {f"x_{split}": pixels, f"y_{split}": labels}
-    np.savez(tmp_path / "data" / "mnist.npz", **digits)
+    write_mnist(tmp_path / "data", 60, 20)
     return tmp_path / "data"
 
 

@@ -2,32 +2,17 @@
 
 import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-SMALL = [
-    "--seeds",
-    "2",
-    "--steps",
-    "40",
-    "--chains",
-    "2",
-    "--examples",
-    "12",
-    "--features",
-    "2",
-    "--hidden",
-    "2",
-]
-SMALL += ["--test-examples", "20", "--hmc-steps", "2", "--noises", "0.5"]
+SMALL = ["--seeds", "2", "--steps", "40", "--chains", "2", "--examples", "12"]
+SMALL += ["--features", "2", "--hidden", "2", "--test-examples", "20", "--hmc-steps", "2"]
+SMALL += ["--noises", "0.5"]
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
+def script():
     return importlib.import_module("reproductions.thermalization")
 
 
