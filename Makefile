@@ -29,7 +29,6 @@ test: .venv/.dev
 CHECKER = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 shapes: .venv/.dev
 	$(BIN)/pytest -n $(JOBS) -q -m "not slow and not statistical" --ignore=tests/test_documents.py --ignore=tests/oracles \
-	  --ignore=tests/test_benchmarks.py \
 	  --ignore=tests/benchmarks --ignore=tests/reproductions \
 	  --ignore=tests/linearised_laplace/test_distributed.py --ignore=tests/sampling/test_distributed.py \
 	  --ignore=tests/degeneracy/test_distributed.py \

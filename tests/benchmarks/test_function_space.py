@@ -1,20 +1,13 @@
 """The benchmark of function-space distances, at a size that shows only that it works."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "function_space.py"
-
 
 @pytest.fixture
-def script():
-    spec = importlib.util.spec_from_file_location("function_space_benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(benchmark):
+    return benchmark("function_space")
 
 
 def test_every_method_has_its_cost_and_error(script, tmp_path, monkeypatch, capsys):
