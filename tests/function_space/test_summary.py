@@ -1,3 +1,4 @@
+import gc
 from dataclasses import replace
 
 import pytest
@@ -129,6 +130,17 @@ def test_seeds_decide_the_draws(trained):
     assert torch.equal(first, again)
     assert first != second
     assert float(second) == pytest.approx(float(first), rel=0.1)
+
+
+def test_draws_of_earlier_seeds_are_not_kept(trained):
+    """A penalty that draws anew in each of a million steps must not fill the memory."""
+    net, x, _, _ = trained
+    summary = summarize(net, x, progress=False)
+    for seed in range(3):
+        summary.distance(moved(net), seed=seed)
+    gc.collect()
+    runs = [found for found in gc.get_objects() if isinstance(found, synthetic.SyntheticRun)]
+    assert sum(run.reference is summary.reference for run in runs) == 1
 
 
 @pytest.mark.parametrize("metric", METRICS)
