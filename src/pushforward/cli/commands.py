@@ -56,7 +56,7 @@ class Report:
     order
         Highest order of the propagation.
     seed
-        Of the Monte Carlo check.
+        Of the Monte Carlo check and of all other noise.
     title
         Heading of the page.
     likelihood

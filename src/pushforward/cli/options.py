@@ -154,7 +154,7 @@ class SamplerOptions:
     batch_size
         Examples in a minibatch of sgld, sghmc and sgnht. Default: 128.
     max_depth
-        A trajectory of nuts has at most 2^max_depth steps.
+        A trajectory of nuts has at most 2^max_depth - 1 steps; `pf.NUTS` has 10.
     """
 
     sampler: SamplerName = "auto"

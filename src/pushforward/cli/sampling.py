@@ -36,7 +36,8 @@ class Sample:
     Parameters
     ----------
     network
-        The network. Its weights count only with --start weights, and are scored beside the draws.
+        The network. Chains begin at its weights with --start weights, and by default with
+        minibatches; they are scored beside the draws.
     data
         NumPy archive (.npz) of the training examples x and targets y.
     likelihood

@@ -28,7 +28,7 @@ _CODES = {"PASS": 0, "NOT_CONVERGED": 3, "KERNEL_BUG": 4, "INCONCLUSIVE": 5}
 
 @dataclass(frozen=True)
 class Thermalize:
-    """Test whether a sampler reaches the posterior, on problems with a known answer.
+    """Test whether a sampler reaches the posterior, on problems of which a draw of it is known.
 
     Ends with status 0 when it does (PASS), 3 when it does not (NOT_CONVERGED), 4 when it samples
     another law (KERNEL_BUG), and 5 when that cannot be told (INCONCLUSIVE).

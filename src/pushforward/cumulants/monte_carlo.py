@@ -22,7 +22,7 @@ from pushforward.cumulants.sampled_network import (
 )
 from pushforward.errors import OptionError, ShapeError
 from pushforward.options import whole_number
-from pushforward.runs.estimate import Check, Cost, to_jsonable
+from pushforward.runs.estimate import Check, Cost, Status, to_jsonable, worst_status
 from pushforward.runs.progress import track
 
 __all__ = ["Exceedance", "SampledLaw", "forward_flops", "monte_carlo"]
@@ -91,6 +91,11 @@ class SampledLaw:
         """What the estimate cost."""
         return Cost(flops=self.flops, seconds=self.seconds, evaluations=self.num_samples)
 
+    @property
+    def status(self) -> Status:
+        """The worst status among the checks."""
+        return worst_status(self.checks)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain Python objects, ready for JSON.
 
@@ -153,7 +158,7 @@ def monte_carlo(
         Forward passes wanted; rounded up to whole units of the design.
     design
         ``"frames"``, ``"antithetic"``, ``"sobol"``, ``"plain"``, or a design with settings such as
-        ``Sobol(replicates=32)``.
+        ``pushforward.cumulants.designs.Sobol(replicates=32)``.
     seed
         Seed of all noise.
     thresholds

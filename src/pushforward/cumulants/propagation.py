@@ -108,9 +108,9 @@ def propagate(
         full third cumulant in factored form, ``O(L n^3)`` a layer for ``L`` layers behind it.
     augmented
         For order 2, whether to track the radial parts of the third and fourth cumulant as well:
-        three to four times the cost, a fifth of the squared error on wide networks, and what tail
-        probabilities need. None switches it on unless depth over width is 1/8 or more, where it
-        does harm.
+        one and a half to twice the cost, a third to a half of the squared error on wide networks,
+        and what tail probabilities need. None switches it on unless depth over width is 1/8 or
+        more, where it does harm.
     metric
         ``"average"`` replaces ``W W^T`` by its mean diagonal in the radial cumulants: cheaper and
         less accurate.
