@@ -69,7 +69,8 @@ class Uncertainty:
         Of all layers and of the last one.
     num_train
         Training images that the posterior over all layers sees, the first ones; default all that
-        the network was trained on, which the one over the last layer always sees.
+        the network was trained on, which the one over the last layer always sees. With fewer there
+        is one more row, in which each of them counts for several, so that they stand for all.
     num_validation
         Test images, the first ones, on which temperatures are fitted; the rest is tested on.
     num_test
@@ -169,7 +170,9 @@ def _one_seed(options: Uncertainty, seed: int, shifted: _Shifted, cache: Path) -
     began = perf_counter()
     head = pf.laplace(net, data, likelihood, subset=_last_layer(net), prior=options.prior)
     head_seconds = perf_counter() - began
+    share = 1.0
     if options.num_train is not None:
+        share = options.num_train / len(train)
         train = train.slice(0, options.num_train)
         data = (train.inputs(), train.labels)
     folder = options.output / f"{options.network}-{seed}-run"
@@ -191,15 +194,22 @@ def _one_seed(options: Uncertainty, seed: int, shifted: _Shifted, cache: Path) -
     def predict(images: Tensor) -> dict[str, Tensor]:
         logits = _logits(net, images)
         moved = posterior.output_draws(images) - logits
-        hot = tempered.temperature**0.5
-        return {
+
+        def average(temperature: float) -> Tensor:
+            return (logits + temperature**0.5 * moved).softmax(-1).mean(0)
+
+        found = {
             "MAP": logits.softmax(-1),
             "MAP, temperature": (logits / temperature).softmax(-1),
             "last layer, probit": head.predict(images).expected,
             "all layers, probit": likelihood.probit_mean(logits, moved.square().mean(0)),
-            "all layers, Monte Carlo": (logits + moved).softmax(-1).mean(0),
-            "all layers, tempered": (logits + hot * moved).softmax(-1).mean(0),
+            "all layers, Monte Carlo": average(1.0),
+            "all layers, tempered": average(tempered.temperature),
         }
+        if share < 1:
+            # As if every image counted 1 / share times: H = M / share + A' with A' = A / share.
+            found["all layers, for all images"] = average(share)
+        return found
 
     return {
         "network": options.network,

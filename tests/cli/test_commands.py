@@ -126,6 +126,8 @@ def test_expect_prints_the_table_and_writes_json(
         (["report", "command_factories:softmaxed", "--standard", "6"], ["Softmax"]),
         (["expect", *NETWORK, *LAW, "--tolerance", "-1"], ["tolerance"]),
         (["expect", *NETWORK, *LAW, "--tolerance", "1", "--json", "data.npz/x"], ["data.npz/x"]),
+        (["expect", *NETWORK, *LAW, "--json", "data.npz"], ["also --data", "overwritten"]),
+        (["expect", *NETWORK, *LAW, "--json", "./model.safetensors"], ["also --weights"]),
     ],
 )
 def test_bad_input_is_explained_without_traceback(

@@ -27,6 +27,14 @@ FACTORY = """
 
     def build(width=12):
         return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3)).double()
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = build()
+
+        def forward(self, x):
+            return self.inner(x) * x.sum(1, keepdim=True)
 """
 NAME = "distant_factories:build"
 
@@ -50,7 +58,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     broken = {name: torch.full_like(t, torch.inf) for name, t in other.state_dict().items()}
     save_file(broken, "broken.safetensors")
     save_file({"weight": torch.zeros(2, 2)}, "foreign.safetensors")
-    np.savez("data.npz", x=x.numpy(), y=(x[:, 0] > 0).long().numpy())
+    labels = (x[:, 0] > 0).long().numpy()
+    np.savez("data.npz", x=x.numpy(), y=labels, odd=2 * labels, wide=x[:, [0, 1, 2, 3, 0]].numpy())
     return tmp_path
 
 
@@ -197,22 +206,110 @@ PRUNE = ["--prune", "0.5"]
         ([*REFERENCE, *DATA, "--other", "no.safetensors"], ["no.safetensors", "no such file"]),
         ([*REFERENCE, *DATA, "--other", "foreign.safetensors"], ["foreign", "do not belong"]),
         ([*REFERENCE, *DATA, "--other", "broken.safetensors"], ["broken.safetensors", "NaN"]),
-        ([*REFERENCE, *DATA, *PRUNE, "--outputs", "3"], ["outputs", "0 to 2"]),
+        ([*REFERENCE, *DATA, *PRUNE, "--outputs", "3"], ["--outputs", "0 to 2."]),
         ([*REFERENCE, *DATA, *PRUNE, "--input-moments", "some"], ["--input-moments", "some"]),
-        ([*REFERENCE, *DATA, *PRUNE, "--estimator", "anchored"], ["anchored", "layer_moments"]),
-        ([*REFERENCE, *DATA, *PRUNE, "--clusters", "2", "--classes", "targets"], ["clusters"]),
-        ([*REFERENCE, *DATA, *PRUNE, "--metric", "kl", "kl"], ["once"]),
+        (
+            [*REFERENCE, *DATA, *PRUNE, "--estimator", "anchored"],
+            ["--estimator anchored", "--layer-moments"],
+        ),
+        (
+            [*REFERENCE, *DATA, *PRUNE, "--clusters", "2", "--classes", "targets"],
+            ["--classes and --clusters"],
+        ),
+        ([*REFERENCE, *DATA, *PRUNE, "--clusters", "0"], ["--clusters", "positive"]),
+        ([*REFERENCE, *DATA, *PRUNE, "--clusters", "999"], ["--clusters", "1 to the number"]),
+        ([*REFERENCE, *DATA, *PRUNE, "--metric", "kl", "kl"], ["--metric", "once"]),
+        ([*REFERENCE, *DATA, *PRUNE, "--metric", "kl", "--outputs", "1"], ["--metric", "there is"]),
+        ([*REFERENCE, *DATA, *PRUNE, "--seed", "-1"], ["--seed", "from 0 on"]),
+        ([*REFERENCE, *DATA, *PRUNE, "--scale", "0"], ["--scale"]),
+        ([*REFERENCE, *DATA, *PRUNE, "--key", "wide"], ["data.npz", "--input-shape", "--key"]),
+        (
+            [*REFERENCE, *DATA, *PRUNE, "--classes", "targets", "--target-key", "odd"],
+            ["--classes", "without gaps"],
+        ),
+        (
+            ["distant_factories:Odd", *DATA, *PRUNE, "--estimator", "gated"],
+            ["--estimator gated", "--estimator synthetic"],
+        ),
+        ([*REFERENCE, *DATA, *PRUNE, "--json", "data.npz/x/y.json"], ["cannot be written"]),
+        ([*REFERENCE, *DATA, *PRUNE, "--json", "folder"], ["folder", "cannot be written"]),
+        ([*REFERENCE, *DATA, "--save-summary", "folder"], ["folder", "cannot be written"]),
         ([*REFERENCE, *DATA, *PRUNE, "--output", "data.npz/x"], ["cannot be written"]),
     ],
 )
-def test_bad_input_is_explained_without_traceback(
-    arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+def test_bad_input_is_explained_before_the_pass_over_the_data(
+    arguments: list[str],
+    parts: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    Path("folder").mkdir()
+    monkeypatch.setattr("pushforward.function_space.summarize.batch_statistics", never)
     assert main(["distance", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")
     for part in parts:
         assert part in captured.err
+
+
+def test_moments_of_the_layers_that_a_summary_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    made()
+    options = ["--summary", "s.safetensors", *PRUNE, "--estimator", "anchored"]
+    assert main(["distance", NAME, *options]) == 2
+    assert "Make it with --layer-moments." in capsys.readouterr().err
+
+
+def test_a_summary_of_one_network_serves_any_estimator_that_takes_it() -> None:
+    odd = "distant_factories:Odd"
+    assert main(["distance", odd, *DATA, *PRUNE, "--estimator", "synthetic"]) == 0
+    options = [*DATA, *PRUNE, "--layer-moments", "--estimator", "anchored", "--metric", "kl"]
+    assert main(["distance", *REFERENCE, *options]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option", "kept"),
+    [
+        ([*DATA, "--save-summary", "data.npz"], "--save-summary", "data.npz"),
+        ([*DATA, "--save-summary", "./folder/../data.npz"], "--save-summary", "data.npz"),
+        ([*DATA, "--save-summary", "link.npz"], "--save-summary", "--data"),
+        ([*DATA, *PRUNE, "--json", "hard.npz"], "--json", "--data"),
+        ([*DATA, "--save-summary", "reference.safetensors"], "--save-summary", "--weights"),
+        ([*DATA, *PRUNE, "--json", "data.npz"], "--json", "--data"),
+        (
+            [*DATA, "--other", "other.safetensors", "--save-summary", "other.safetensors"],
+            "--save-summary",
+            "--other",
+        ),
+        (["--summary", "s", *PRUNE, "--json", "s"], "--json", "--summary"),
+        (["--summary", "s", *PRUNE, "--save-summary", "s"], "--save-summary", "--summary"),
+        ([*DATA, *PRUNE, "--save-summary", "new", "--json", "new"], "--json", "--save-summary"),
+        ([*DATA, *PRUNE, "--json", "distance/result.json"], "--json", "--output"),
+        (["--data", "distance/index.html", *PRUNE], "--output", "--data"),
+    ],
+)
+def test_nothing_that_is_read_or_written_is_overwritten(
+    arguments: list[str], option: str, kept: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("folder", "distance"):
+        Path(name).mkdir()
+    for name in ("s", "distance/index.html"):
+        Path(name).write_bytes(Path("data.npz").read_bytes())
+    Path("link.npz").symlink_to("data.npz")
+    Path("hard.npz").hardlink_to("data.npz")
+    before = {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()}
+    assert main(["distance", *REFERENCE, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {option}: ")
+    assert kept in error
+    assert {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()} == before
+
+
+def test_a_file_of_another_run_is_written_anew() -> None:
+    for _ in range(2):
+        made(*PRUNE, "--json", "numbers.json")
 
 
 def test_a_summary_belongs_to_one_network_and_its_weights(

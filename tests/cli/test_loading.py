@@ -14,7 +14,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pushforward.cli.loading import load_data, load_examples, load_law, load_network, load_weights
+from pushforward.cli.loading import (
+    load_data,
+    load_examples,
+    load_inputs,
+    load_law,
+    load_network,
+    load_weights,
+)
 from pushforward.cli.options import ExampleOptions, LawOptions, NetworkOptions
 from pushforward.errors import (
     DataError,
@@ -38,6 +45,14 @@ FACTORIES = """
 
     def number():
         return 3
+
+    def meta():
+        with torch.device("meta"):
+            return small()
+
+    @torch.inference_mode()
+    def inference():
+        return small()
 
     instance = small()
     constant = 3
@@ -187,6 +202,16 @@ def test_truncated_weights_are_refused(tmp_path: Path) -> None:
 def test_absent_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="no such file"):
         load_weights(small(), tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("weights", [None, Path("model.safetensors")])
+def test_networks_without_numbers_are_refused(weights: Path | None) -> None:
+    with pytest.raises(NetworkError) as error:
+        load_network(NetworkOptions("loading_factories:meta", weights))
+    says(error, "loading_factories:meta", "0.weight", "meta device")
+    with pytest.raises(NetworkError) as error:
+        load_network(NetworkOptions("loading_factories:inference", weights))
+    says(error, "loading_factories:inference", "inference_mode")
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -385,3 +410,39 @@ def test_examples_that_do_not_fit_their_targets_are_refused(tmp_path: Path) -> N
             archive(tmp_path / "s.npz", x=np.ones((2, 6)), y=np.array(["a", "b"])),
             ExampleOptions(),
         )
+
+
+@pytest.mark.parametrize("stored", [np.uint8, np.int16, np.int64])
+def test_tokens_stay_integers(tmp_path: Path, stored: Any) -> None:
+    x = np.array([[0, 6], [3, 1]], dtype=stored)
+    path = archive(tmp_path / "d.npz", x=x, y=np.array([0.5, 1.5]))
+    inputs, targets = load_examples(path, ExampleOptions(tokens=True), dtype=torch.float32)
+    assert inputs.dtype == torch.int64
+    assert inputs.tolist() == [[0, 6], [3, 1]]
+    assert targets.dtype == torch.float32
+    assert load_inputs(path, ExampleOptions(), dtype=torch.float32).dtype == torch.float32
+
+
+def test_tokens_beyond_the_integers_of_floating_point_numbers_are_exact(tmp_path: Path) -> None:
+    path = archive(tmp_path / "d.npz", x=np.array([[2**53 + 1]]))
+    assert load_inputs(path, ExampleOptions(tokens=True)).tolist() == [[2**53 + 1]]
+
+
+def test_tokens_that_are_none_are_refused(tmp_path: Path) -> None:
+    path = archive(tmp_path / "d.npz", x=np.ones((2, 3)), whole=np.ones((2, 3), dtype=int))
+    with pytest.raises(DataError) as error:
+        load_inputs(path, ExampleOptions(tokens=True))
+    says(error, "dtype float64", "d.npz['x']", "--tokens")
+    with pytest.raises(OptionError, match="--tokens"):
+        load_inputs(path, ExampleOptions(key="whole", tokens=True, scale=0.5))
+    shaped = ExampleOptions(key="whole", tokens=True, input_shape=(3, 1))
+    assert load_inputs(path, shaped).shape == (2, 3, 1)
+
+
+@pytest.mark.parametrize("scale", [0.0, float("nan"), float("inf")])
+def test_scales_that_cannot_be_are_refused(tmp_path: Path, scale: float) -> None:
+    path = archive(tmp_path / "d.npz", x=np.ones((2, 3)), y=np.ones(2))
+    with pytest.raises(OptionError, match="--scale"):
+        load_inputs(path, ExampleOptions(scale=scale))
+    with pytest.raises(OptionError, match="--scale"):
+        load_examples(path, ExampleOptions(scale=scale))

@@ -101,6 +101,12 @@ def test_page_numbers_and_posterior_are_written(
         assert rows[name] == pytest.approx(value, rel=1e-12)
 
 
+def test_what_is_wrong_with_the_page_does_not_cost_the_posterior(workplace: Path) -> None:
+    few = ["--likelihood", "categorical", "--labels", "cat", "dog"]
+    assert main(["uncertainty", *NETWORK, *FILES, *few, "--draws", "5", "--output", "out"]) == 2
+    assert (workplace / "out" / "posterior.safetensors").exists()
+
+
 def test_options_reach_the_posterior(workplace: Path) -> None:
     options = ["--prior", "gprior", "--prior-precision", "3", "--method", "sampled"]
     more = ["--subset", "3", "--draws", "5", "--fit-temperature", "--image-shape", "3", "2"]

@@ -31,6 +31,12 @@ def test_labels_that_do_not_fit_are_refused(labels, message):
         label_components(_examples([0, 1, 2]), labels)
 
 
+@pytest.mark.parametrize("labels", [["cat", "dog", "cat"], [[0], [1, 2], [0]], [0, None, 1]])
+def test_labels_that_are_no_numbers_are_refused(labels):
+    with pytest.raises(DataError, match=r"^classes: list holds no numbers"):
+        label_components(_examples([0, 1, 2]), labels)
+
+
 def test_data_without_targets_have_no_classes():
     with pytest.raises(DataError, match="no targets"):
         label_components(Examples.read(torch.randn(4, 2), targets=False), "targets")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from pushforward.errors import OptionError
+from pushforward.errors import OptionError, WeightsError
 from pushforward.function_space.compression import (
     prune_tensor,
     pruned,
@@ -114,3 +114,38 @@ def test_a_share_that_is_none_is_refused(share):
 def test_a_number_of_bits_that_is_none_is_refused(bits):
     with pytest.raises(OptionError, match="from 2 to 16"):
         quantised(network(), bits)
+
+
+@pytest.mark.parametrize("bits", [2, 8, 12, 16])
+@pytest.mark.parametrize("scale", [1e-7, 1e-3, 1.0, 3e4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_grid_does_not_depend_on_the_type_of_the_tensor(dtype, scale, bits):
+    tensor = (scale * normals(20, 30).clamp(-2, 2)).to(dtype)
+    expected = quantise_tensor(tensor.double(), bits)
+    assert torch.equal(quantise_tensor(tensor, bits), expected.to(dtype))
+    # Half a step from the entry, and as far again at most when that is rounded to the type.
+    step = tensor.double().abs().max() / (2 ** (bits - 1) - 1)
+    error = (quantise_tensor(tensor, bits).double() - tensor.double()).abs()
+    assert error.max() <= 1.0001 * step
+
+
+def test_entries_at_the_end_of_the_type_stay_numbers():
+    smallest = torch.tensor([[5e-324, -5e-324, 0.0]], dtype=torch.float64)
+    assert torch.equal(quantise_tensor(smallest, 8), smallest)
+    largest = torch.tensor([[1.7e308, -1.7e308, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(quantise_tensor(largest, 8), largest)
+
+
+@pytest.mark.parametrize("weights", [None, {"a": "b"}, [torch.ones(2, 2)]])
+@pytest.mark.parametrize("change", [lambda w: pruned(w, 0.3), lambda w: quantised(w, 4)])
+def test_what_are_no_weights_is_refused(change, weights):
+    with pytest.raises(WeightsError, match="Give a network, or its tensors by name") as caught:
+        change(weights)
+    assert caught.value.where == "weights"
+
+
+def test_wrappers_are_looked_through():
+    net = network()
+    for wrapped in (nn.DataParallel(net), torch.compile(net, backend="eager")):
+        weights = pruned(wrapped, 0.3)
+        assert list(weights) == list(pruned(net, 0.3))

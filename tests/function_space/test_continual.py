@@ -445,5 +445,164 @@ def test_targets_that_the_loss_does_not_take():
     error = refused(make_network(), lambda x: sign(x).long(), evaluate=lambda *_: 0.0)
     assert error.where == "training data of task 1"
     assert "targets of type torch.int64 and shape (16, 1)" in str(error)
-    error = refused(make_network(), lambda x: sign(x)[:, 0].long() + 4)
+    error = refused(make_network(), lambda x: sign(x)[:, 0].long() + 4, evaluate=lambda *_: 0.0)
+    assert error.where == "training data of task 1"
     assert "below the number of outputs" in error.advice
+
+
+@pytest.mark.parametrize("outputs", [None, [0, 1]])
+@pytest.mark.parametrize("label", [-1, 4, 7])
+def test_a_test_label_outside_of_the_outputs_is_no_wrong_answer(label, outputs):
+    x = normal(90, 40, 4)
+    labels = sign(x)[:, 0].long()
+    wrong = labels.clone()
+    wrong[3] = label
+    net, called = make_network(), []
+
+    def loss(*given):
+        called.append(given)
+        return functional.cross_entropy(*given)
+
+    with pytest.raises(DataError, match="example 3 has a label outside") as caught:
+        learn(net, [Task((x, labels), (x, wrong), outputs)], loss=loss)
+    assert not called  # before anything was trained
+    assert caught.value.where == "test data of task 1"
+    assert "below the number of outputs, 4" in caught.value.advice
+    # With a score of one's own any targets will do.
+    learn(net, [Task((x, labels), (x, wrong), outputs)], evaluate=lambda *_: 0.5, epochs=1)
+
+
+def test_labels_that_cross_entropy_leaves_out_may_be_trained_on():
+    x = normal(90, 40, 4)
+    labels = sign(x)[:, 0].long()
+    some = torch.where(torch.arange(40) % 4 == 0, -100, labels)
+    assert learn(make_network(), [Task((x, some), (x, labels))]).losses.isfinite().all()
+    whole = Task((x, torch.full_like(labels, -100)), (x, labels))
+    with pytest.raises(DataError, match="labels of a whole batch of 16 are below 0") as caught:
+        learn(make_network(), [whole])
+    assert caught.value.where == "training data of task 1"
+    assert "examples without a label" in caught.value.advice
+
+
+@pytest.mark.parametrize("part", ["training", "test"])
+@pytest.mark.parametrize("change", [torch.Tensor.float, lambda x: x[:, :3]])
+def test_inputs_that_the_network_does_not_take(change, part):
+    x = normal(90, 40, 4)
+    data = x, sign(x)[:, 0].long()
+    other = change(x), data[1]
+    task = Task(other, data) if part == "training" else Task(data, other)
+    with pytest.raises(DataError, match="the network does not take an input of type") as caught:
+        learn(make_network(), [task])
+    assert caught.value.where == f"{part} data of task 1"
+    assert f"type {other[0].dtype} and shape {(1, *other[0].shape[1:])}" in str(caught.value)
+    assert "torch.float64" in caught.value.advice
+
+
+@pytest.mark.wrong_types
+def test_what_is_no_network_or_has_nothing_to_train():
+    for net in (None, make_network().state_dict()):
+        with pytest.raises(NetworkError, match=f"got {type(net).__name__}") as caught:
+            learn(net, make_tasks(1))
+        assert caught.value.where == "net"
+    for net in (make_network().requires_grad_(False), nn.Sequential(nn.ReLU())):
+        with pytest.raises(NetworkError, match="none of its parameters is trained") as caught:
+            learn(net, make_tasks(1))
+        assert caught.value.where == "net"
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = make_network()
+
+        def forward(self, x):
+            return self.inner(x), x
+
+    with pytest.raises(NetworkError, match="it returns tuple"):
+        learn(Pair(), make_tasks(1))
+
+
+@pytest.mark.wrong_types
+def test_what_are_no_tasks():
+    x, y = make_tasks(1)[0].train
+    for tasks, said in (
+        ([(x, y)], "number 0 is tuple"),
+        ([make_tasks(1)[0], None], "number 1 is NoneType"),
+        (make_tasks(1)[0], "got Task"),
+        (iter(make_tasks(1)), "iterator"),
+    ):
+        with pytest.raises(OptionError, match=said) as caught:
+            learn(make_network(), tasks)
+        assert caught.value.where == "tasks"
+        assert "Task(train, test)" in caught.value.advice
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({"metric": "kl"}, "metric="),
+        ({"scale": 2.0}, "scale="),
+        ({"seed": 1}, "seed="),
+        ({"outputs": [0]}, r"Task\(\.\.\., outputs=\)"),
+        ("gaussian", "options by name"),
+        ({1: 2}, "options by name"),
+    ],
+)
+def test_options_of_distances_are_those_of_distances_alone(options, advice):
+    with pytest.raises(OptionError, match=advice) as caught:
+        learn(make_network(), make_tasks(1), distance_options=options)
+    assert caught.value.where == "distance_options"
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (partial(functional.cross_entropy, reduction="none"), "a tensor of shape (16,)"),
+        (lambda outputs, _: outputs.mean().item(), "float"),
+        (lambda *_: None, "NoneType"),
+        (lambda outputs, _: outputs.mean().detach(), "a number that does not depend"),
+    ],
+)
+def test_a_loss_is_one_number_with_a_gradient(loss, said):
+    net = make_network()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    with pytest.raises(OptionError) as caught:
+        learn(net, make_tasks(1), loss=loss)
+    assert caught.value.where == "loss"
+    assert said in str(caught.value)
+    assert 'reduction="mean"' in caught.value.advice
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("value", [None, "well", torch.ones(2)])
+def test_a_score_is_one_number(value):
+    with pytest.raises(OptionError, match="it returned") as caught:
+        learn(make_network(), make_tasks(1), evaluate=lambda *_: value)
+    assert caught.value.where == "evaluate"
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        partial(torch.compile, backend="eager"),
+        nn.DataParallel,
+        lambda net: nn.DataParallel(torch.compile(net, backend="eager")),
+    ],
+)
+def test_a_network_in_wrappers_is_trained_and_summarised(wrap, tmp_path):
+    def summarise(net, task):
+        assert type(net) is nn.Sequential
+        return summarize(net, task.train, progress=False)
+
+    tasks = make_tasks(2)
+    bare, inside = make_network(0.3), make_network(0.3)
+    expected = learn(bare, tasks, summarise=summarise, checkpoint=tmp_path)
+    wrapped = wrap(inside)
+    assert same(learn(wrapped, tasks, summarise=summarise), expected)
+    assert wrapped.training
+    for one, other in zip(inside.parameters(), bare.parameters(), strict=True):
+        assert torch.equal(one, other)
+    # The state of the one is that of the other.
+    again = learn(wrap(make_network(0.3)), tasks, summarise=summarise, checkpoint=tmp_path)
+    assert same(again, expected)

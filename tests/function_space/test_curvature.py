@@ -1,5 +1,7 @@
 """Gauss-Newton matrices of distances: products, dense, solves, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -123,6 +125,11 @@ def test_refusals(monkeypatch):
         matrix.solver(1.0, "lu")
     with pytest.raises(OptionError, match="measures no distance"):
         GaussNewton.of(object(), metric="euclidean")
+    exact = ExactDistance.of(case.net, case.x)
+    with pytest.raises(OptionError, match=r"^estimator: ExactDistance\.distance does not take"):
+        GaussNewton.of(exact, metric="euclidean", estimator="gated")
+    with pytest.raises(OptionError, match=r"^outputs: Exact\.distance does not take outputs"):
+        GaussNewton.of(case.measure, metric="euclidean", outputs=[0])
     monkeypatch.setattr(module, "_DENSE_LIMIT", 10)
     assert matrix.solver(1.0).method == "conjugate_gradients"
     with pytest.raises(ResourceError, match="GiB"):
@@ -188,3 +195,18 @@ def test_estimators_of_a_summary(case, estimator):
     vectors = torch.ones(found.space.size, 1).double()
     moved = found.solve(vectors, 0.1)
     assert 0 < float((vectors * moved).sum()) <= float((vectors**2).sum()) / 0.1
+
+
+@pytest.mark.parametrize("kind", [ExactDistance, TangentDistance, KroneckerDistance, None])
+def test_mixed_precision_leaves_products_as_they_are(kind):
+    """Single precision is what mixed precision would round."""
+    case = trained("squared")
+    make = summarize if kind is None else kind.of
+    measure = make(case.net.float(), case.x.float())
+    matrix = GaussNewton.of(measure, metric="euclidean")
+    matrix = replace(matrix, dtype=torch.float32)
+    vectors = torch.ones(matrix.space.size, 2)
+    expected = matrix.product(vectors)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = matrix.product(vectors)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

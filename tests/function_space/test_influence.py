@@ -314,6 +314,32 @@ def test_options_are_checked(case, options, message):
         _scores(case, data, data, **options)
 
 
+@pytest.mark.wrong_types
+@pytest.mark.parametrize("method", ["auto", "conjugate_gradients"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"max_steps": value} for value in (1.5, -5, 0, "many", True)),
+        *({"tolerance": value} for value in ("a", float("nan"), -1e-3, 0.0)),
+    ],
+)
+def test_when_to_stop_is_checked_before_the_curvature_is_taken(case, options, method):
+    def never(*_, **__):
+        raise AssertionError
+
+    data = (case.x, case.y)
+    measure = Exact(case.net, case.x)
+    measure.distance = never
+    calls = (
+        lambda: influence(measure, data, data, case.loss, damping=1.0, method=method, **options),
+        lambda: self_influence(measure, data, case.loss, damping=1.0, method=method, **options),
+    )
+    for call in calls:
+        with pytest.raises(OptionError) as caught:
+            call()
+        assert [caught.value.where] == list(options)
+
+
 def test_losses_are_checked():
     case = trained("squared")
     data = (case.x, case.y)

@@ -168,6 +168,8 @@ def test_refusals(flipped, found):
     net, x, labels, wrong = flipped
     with pytest.raises(ShapeError, match="True or False for each example"):
         found.evaluate(wrong[:5])
+    with pytest.raises(ShapeError, match="True or False for each example"):
+        found.evaluate("abc")
     with pytest.raises(OptionError, match="0 of 90 examples are wrong"):
         found.evaluate(torch.zeros(90, dtype=torch.bool))
     with pytest.raises(OptionError, match="there is no score 'margin'"):
@@ -177,6 +179,20 @@ def test_refusals(flipped, found):
         find_wrong_labels(other, (x, labels), Exact(net, x))
     with pytest.raises(OptionError, match="Give a positive number"):
         find_wrong_labels(net, (x, labels), Exact(net, x), damping=-1.0)
+    with pytest.raises(OptionError, match="tuple measures no distance") as caught:
+        find_wrong_labels(net, x, (x, labels))
+    assert caught.value.where == "measure"
+
+
+@pytest.mark.parametrize("options", [{"tolerance": float("nan")}, {"max_steps": 0}])
+def test_options_are_looked_at_before_the_data_are_summarised(flipped, monkeypatch, options):
+    def never(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr("pushforward.function_space.summarize.summarize", never)
+    with pytest.raises(OptionError) as caught:
+        find_wrong_labels(flipped[0], (flipped[1], flipped[2]), **options)
+    assert [caught.value.where] == list(options)
 
 
 def test_the_number_of_training_examples_may_be_given(flipped, found):

@@ -1,6 +1,7 @@
 """The penalty is the mean of its distances, in any training loop, and refuses what is none."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pushforward.errors import OptionError, PushforwardError, WeightsError
+from pushforward.errors import NetworkError, OptionError, PushforwardError, WeightsError
 from pushforward.function_space.baselines.diagonal import DiagonalDistance
 from pushforward.function_space.baselines.exact import ExactDistance
 from pushforward.function_space.baselines.subset import SubsetDistance
@@ -131,6 +132,13 @@ def test_wrapped_networks_are_looked_through(past):
     penalty.add(ExactDistance.of(net, x))
     other = moved(net, 8)
     assert penalty(nn.DataParallel(other)).item() == penalty(other).item()
+    # As they are where a past task is measured.
+    compiled = torch.compile(net, backend="eager")
+    for wrapped in (compiled, nn.DataParallel(net)):
+        among = FunctionSpacePenalty()
+        among.add(summarize(wrapped, x))
+        assert among(wrapped).item() == 0
+        assert among(other).item() == among(torch.compile(other, backend="eager")).item() > 0
 
 
 def test_training_with_it_forgets_less():
@@ -312,6 +320,36 @@ def test_other_architectures_are_refused(past):
         penalty.add(ExactDistance.of(network(hidden=7), x))
     with pytest.raises(WeightsError, match="shape"):
         penalty(network(hidden=7))
+
+
+def test_other_modules_with_the_same_weights_are_refused(past):
+    net, x = past[0]
+    other = nn.Sequential(net[0], nn.Tanh(), net[2])
+    for measure in (ExactDistance.of(net, x), summarize(net, x)):
+        penalty = FunctionSpacePenalty()
+        penalty.add(measure)
+        with pytest.raises(WeightsError, match=r"'1' is Tanh\(.*reference ReLU\("):
+            penalty(other)
+
+
+@pytest.mark.wrong_types
+def test_what_is_no_network_is_refused(past):
+    net, x = past[0]
+    penalty = FunctionSpacePenalty()
+    for given in (None, net.state_dict()):
+        with pytest.raises(NetworkError, match=r"^net: got"):
+            penalty(given)
+        penalty.add(ExactDistance.of(net, x))
+
+
+def test_it_goes_from_process_to_process(past):
+    penalty = FunctionSpacePenalty(scale=2.0, tasks_per_step=2, seed=3)
+    for net, x in past:
+        penalty.add(summarize(net, x), outputs=[0, 2])
+    other = network(9)
+    penalty(other)
+    again = pickle.loads(pickle.dumps(penalty))
+    assert [again(other).item() for _ in range(5)] == [penalty(other).item() for _ in range(5)]
 
 
 @pytest.mark.parametrize("answer", [None, torch.zeros(2), torch.tensor(float("nan"))])

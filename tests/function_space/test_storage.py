@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pushforward.errors import WeightsError
+from pushforward.errors import NetworkError, WeightsError
 from pushforward.function_space.summarize import summarize
 from pushforward.function_space.summary import FunctionSummary
 from pushforward.runs.store import save_tensors
@@ -145,3 +145,16 @@ def test_a_changed_header_is_refused(saved, tmp_path):
     assert broken.read_bytes() != path.read_bytes()
     with pytest.raises(WeightsError):
         FunctionSummary.load(broken, net)
+
+
+@pytest.mark.wrong_types
+def test_what_is_no_network_is_refused(saved):
+    for given in (None, saved[0].state_dict()):
+        with pytest.raises(NetworkError, match=r"^net: got"):
+            FunctionSummary.load(saved[2], given)
+
+
+def test_wrapped_networks_are_looked_through(saved):
+    net, summary, path = saved
+    loaded = FunctionSummary.load(path, nn.DataParallel(net))
+    assert loaded.reference.unchanged(summary.reference.tensors)

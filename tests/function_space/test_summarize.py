@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -201,11 +203,19 @@ def test_networks_that_are_no_chain_are_run_on_drawn_inputs():
         ({"clusters": 2, "classes": "targets"}, "both classes and clusters"),
         ({"input_moments": 0}, "positive rank"),
         ({"batch_size": 0}, "^batch_size: 0"),
+        ({"seed": -1}, "^seed: -1"),
     ],
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(OptionError, match=message):
         summarize(small_mlp(), (_inputs(), torch.zeros(400, dtype=torch.long)), **options)
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize("answer", ["yes", 1, None])
+def test_moments_of_layers_are_kept_or_not(answer):
+    with pytest.raises(OptionError, match=r"^layer_moments: .* neither True nor False"):
+        summarize(small_mlp(), _inputs(), layer_moments=answer)
 
 
 @pytest.mark.wrong_types
@@ -252,6 +262,104 @@ def test_augmenting_loaders_are_refused():
 def test_integer_images_are_no_tokens(inputs):
     with pytest.raises(DataError, match="Convert images and features to floating point"):
         summarize(small_mlp(), inputs)
+
+
+class _Embedded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(5, 4), nn.Linear(4, 2)
+
+    def forward(self, tokens):
+        return self.head(self.embed(tokens).mean(1))
+
+
+def _unknown_token_in_batch(number):
+    tokens = torch.arange(120).reshape(40, 3) % 5
+    tokens[10 * number] = 7
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("net", "inputs"),
+    [
+        (small_mlp(), torch.arange(40).reshape(10, 4)),
+        (small_mlp(), torch.zeros(10, 5, dtype=torch.float64)),
+        (_Embedded(), torch.ones(10, 3)),
+        (_Embedded(), _unknown_token_in_batch(0)),
+        (_Embedded(), _unknown_token_in_batch(2)),
+    ],
+    ids=["features taken for tokens", "sizes", "tokens taken for numbers", "first", "later"],
+)
+def test_inputs_that_the_network_does_not_take_are_named(net, inputs):
+    kind = str(inputs.dtype)
+    with pytest.raises(NetworkError, match=f"it cannot take inputs of {kind}") as caught:
+        summarize(net, inputs, batch_size=10)
+    assert caught.value.where == type(net).__name__
+
+
+@pytest.mark.parametrize("kept", ["diagonal", 3])
+def test_moments_of_tokens_are_refused(kept):
+    tokens = torch.arange(120).reshape(40, 3) % 5
+    with pytest.raises(OptionError, match=r"^input_moments: .*inputs are tokens"):
+        summarize(_Embedded(), tokens, input_moments=kept)
+
+
+class _Odd(nn.Module):
+    def __init__(self, compute):
+        super().__init__()
+        self.linear, self.compute = nn.Linear(4, 3).double(), compute
+
+    def forward(self, x):
+        return self.compute(self.linear, x)
+
+
+@pytest.mark.parametrize(
+    ("compute", "kind", "message"),
+    [
+        (lambda f, x: f(x + torch.randn_like(x)), DataError, "different outputs"),
+        (lambda f, x: nn.functional.dropout(f(x), 0.5), DataError, "different outputs"),
+        (lambda f, x: f(x) - f(x).mean(0), DataError, "depend on the other examples"),
+        (lambda f, x: f(x).T, ShapeError, "3 rows of outputs for 8 examples"),
+        (lambda f, x: f(x).repeat(1 + (len(x) == 40), 1), ShapeError, "80 rows .* 40 examples"),
+    ],
+    ids=["noise", "dropout that is always on", "mixed", "transposed", "in a later batch"],
+)
+def test_what_is_no_function_of_each_example_is_refused(compute, kind, message):
+    with pytest.raises(kind, match=message):
+        summarize(_Odd(compute), _inputs(40))
+
+
+def test_networks_that_take_one_example_at_a_time():
+    x = _inputs(20)
+    alone = _Odd(lambda f, x: f(x) if len(x) == 1 else 1 / 0)
+    summary, bare = summarize(alone, x, batch_size=1), summarize(alone.linear, x)
+    assert summary.num_examples == 20
+    assert torch.allclose(summary.probe_distances, bare.probe_distances)
+    with pytest.raises(NetworkError, match="division by zero"):
+        summarize(alone, x)
+
+
+def test_normalisation_alone_is_summarised():
+    net, x = nn.LayerNorm(4).double(), _inputs()
+    other = moved(net, 0.1)
+    assert _near(summarize(net, x), net, other, x, 1.2)
+
+
+def test_summaries_go_from_process_to_process():
+    net, x = small_mlp(), _inputs()
+    other = moved(net)
+    parts = [summarize(net, x[:150]), summarize(net, x[150:])]
+    parts[0].distance(other)  # what it keeps for the next call does not hinder it
+    parts[0].calibration()
+    sent = [pickle.loads(pickle.dumps(part)) for part in parts]
+    whole, got = summarize(net, x), sent[0] + sent[1]
+    assert got.num_examples == 400
+    assert got.reference.output_shape == (3,)
+    for estimator in ("gated", "gaussian", "synthetic"):
+        with torch.no_grad():
+            expected = (parts[0] + parts[1]).distance(other, estimator=estimator)
+            assert torch.equal(got.distance(other, estimator=estimator), expected)
+    assert torch.allclose(got.probe_distances, whole.probe_distances)
 
 
 def test_memory_does_not_grow_with_examples_times_squared_outputs():

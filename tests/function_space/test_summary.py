@@ -568,3 +568,24 @@ def test_low_ranks_add_up_with_their_offsets(unequal):
     both = (first + second).statistics.inputs.whole
     assert torch.allclose(both.mean[0], x.mean(0))
     assert torch.allclose(both.covariance[0].diagonal(), x.var(0, correction=0))
+
+
+def test_parts_in_a_list_are_summed(trained):
+    net, x, _, _ = trained
+    parts = [summarize(net, rows) for rows in x.chunk(2)]
+    whole = sum(parts)
+    assert whole.num_examples == 2000
+    other = moved(net, 0.2)
+    with torch.no_grad():
+        assert torch.equal(whole.distance(other), (parts[0] + parts[1]).distance(other))
+    assert sum(parts[:1]).num_examples == 1000
+
+
+@pytest.mark.parametrize("other", [1, 0, None, 0.5, "summary"])
+def test_nothing_but_summaries_is_added(trained, other):
+    _, _, _, summary = trained
+    with pytest.raises(TypeError, match="unsupported operand"):
+        _ = summary + other
+    if other != 0:
+        with pytest.raises(TypeError, match=r"unsupported operand|can only concatenate"):
+            _ = other + summary

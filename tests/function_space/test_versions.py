@@ -1,5 +1,6 @@
 """Versions beside each other: the same numbers as one by one, the truth, refusals, pictures."""
 
+import copy
 import json
 import math
 
@@ -118,6 +119,11 @@ def test_what_is_wrong_with_a_version_is_said_under_its_name():
         ({"metrics": ()}, "no metric"),
         ({"metrics": ("kl", "kl")}, "once"),
         ({"metrics": ("cosine",)}, "cosine"),
+        ({"metrics": "cosine"}, "there is no metric 'cosine'"),
+        ({"metrics": None}, "there is no metric None"),
+        ({"versions": [nn.Linear(6, 4)]}, r"^versions: list .*\{\"pruned\": net\}"),
+        ({"versions": nn.Linear(6, 4)}, "^versions: Linear does not give"),
+        ({"versions": {1: nn.Linear(6, 4)}}, "^versions: dict does not give every version a name"),
         ({"estimator": "guess"}, "guess"),
         ({"outputs": [4]}, "0 to 3"),
     ],
@@ -127,6 +133,48 @@ def test_bad_options_are_refused(options, words):
     options = {"versions": versions_of(net)} | options
     with pytest.raises((OptionError, ShapeError), match=words):
         measure_versions(summary, options.pop("versions"), **options)
+
+
+def test_one_metric_may_come_without_a_list():
+    net, _, summary = problem()
+    found = measure_versions(summary, {"half": pruned(net, 0.5)}, metrics="kl")
+    assert found.metrics == ("kl",)
+
+
+def test_distances_are_measured_from_a_summary():
+    net, inputs, _ = problem()
+    versions = versions_of(net)
+    with pytest.raises(OptionError, match=r"^summary: Sequential is no summary.*pf\.summarize"):
+        measure_versions(net, versions)
+    with pytest.raises(OptionError, match=r"^summary: ExactDistance is no summary"):
+        measure_versions(ExactDistance.of(net, inputs), versions)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("components", [1, 2])
+def test_rounding_is_no_variance_of_the_outputs(kind, components):
+    """Outputs for one input in many places of a batch are not the same to the last digit."""
+    net = copy.deepcopy(problem()[0]).to(kind)
+    same = torch.full((1037, 6), 0.3, dtype=kind)
+    labels = torch.arange(1037) % 2
+    summary = pf.summarize(net, (same, labels), classes="targets" if components == 2 else None)
+    assert float(summary.statistics.outputs.moments.covariance.abs().max()) > 0
+    assert output_spread(summary) == 0.0
+    (row,) = measure_versions(summary, {"half": pruned(net, 0.5)}).rows
+    assert row.share is None
+    assert "half" in repr(measure_versions(summary, {"half": pruned(net, 0.5)}))
+
+
+def test_a_variance_that_is_small_beside_the_mean_is_still_one():
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(300, 6, generator=generator)
+    net = nn.Linear(6, 2)
+    with torch.no_grad():
+        net.bias.fill_(1e4)
+    outputs = net(inputs).detach().double()
+    spread = float(outputs.var(0, correction=0).sum()) / 2
+    assert spread < 1e-6 * float(outputs.square().mean(0).sum()) / 2
+    assert output_spread(pf.summarize(net, inputs)) == pytest.approx(spread, rel=1e-3)
 
 
 def test_error_bars_are_a_factor_up_and_down():

@@ -182,3 +182,17 @@ def test_single_precision_reaches_single_precision():
     assert found.solution.dtype == torch.float32
     reached = (squared_errors(a, found, right) / squared_lengths(a, right)).sqrt()
     assert reached.max() < 5e-4
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"max_steps": value} for value in (0, -5, 1.5)),
+        *({"tolerance": value} for value in (0.0, -1.0, float("nan"), "a")),
+    ],
+)
+def test_when_to_stop_is_checked(options):
+    with pytest.raises(OptionError) as caught:
+        solve(times(matrix()), numbers(1, SIZE, seed=1), **options)
+    assert [caught.value.where] == list(options)

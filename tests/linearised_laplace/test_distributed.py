@@ -74,6 +74,7 @@ def by_draws(_rank, recycled):
             "uneven": sampled(PROBLEM, **given, num_draws=7),
             "many blocks": sampled(PROBLEM, **given, num_draws=11),
             "learned": sampled(PROBLEM, data_shards=1, num_draws=8, block=4),
+            "g-prior": sampled(PROBLEM, **given, num_draws=7, prior="gprior"),
         }
     return {
         f"{name} {key}": value

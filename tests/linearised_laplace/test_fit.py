@@ -13,13 +13,22 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import pushforward as pf
 from laplace_scenarios import PROBLEMS, classification, numbers, regression
 from oracles.linear_gaussian import (
+    DenseModel,
+    categorical,
     dense_jacobian,
     gaussian,
     gaussian_log_evidence,
     mackay,
     type_two_maximum,
 )
-from pushforward.errors import DataError, NetworkError, OptionError, ResourceError, ShapeError
+from pushforward.errors import (
+    DataError,
+    NetworkError,
+    OptionError,
+    ResourceError,
+    ShapeError,
+    WeightsError,
+)
 from pushforward.linearised_laplace import fit
 from pushforward.networks.model import FunctionalModel
 
@@ -376,6 +385,8 @@ BAD = {
     "large tolerance": ({"tolerance": 1.0}, OptionError, "^tolerance: 1.0"),
     "seed": ({"seed": -1, "method": "sampled"}, OptionError, "seed"),
     "data shards": ({"data_shards": 2}, OptionError, "share the data"),
+    "no data shards": ({"data_shards": 0}, OptionError, "data_shards"),
+    "data shards in words": ({"data_shards": "a"}, OptionError, "data_shards"),
 }  # fmt: skip
 
 
@@ -398,6 +409,31 @@ def test_targets_of_other_likelihoods_are_checked():
         y[-1] = wrong
         with pytest.raises(DataError):
             pf.laplace(problem.net, (problem.x, y), problem.likelihood, prior_precision=1.0)
+
+
+@pytest.mark.parametrize("method", ["exact", "sampled"])
+def test_an_example_that_the_network_has_no_answer_to_is_named(method):
+    class Logarithm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3, dtype=torch.float64)
+
+        def forward(self, x):
+            return 2 * self.layer(x.log())
+
+    x = CATEGORICAL.x.abs() + 1
+    x[57, 1] = -1
+    with pytest.raises(DataError, match="outputs for example 57 hold NaN"):
+        pf.laplace(Logarithm(), (x, CATEGORICAL.y), CATEGORICAL.likelihood, method=method)
+
+
+def test_a_run_is_not_resumed_with_one_other_label(tmp_path):
+    options = {"method": "sampled", "num_draws": 2, "checkpoint": tmp_path}
+    pf.laplace(CATEGORICAL.net, CATEGORICAL.data, CATEGORICAL.likelihood, **options)
+    labels = CATEGORICAL.y.clone()
+    labels[3] = (labels[3] + 1) % 3
+    with pytest.raises(WeightsError, match="data"):
+        pf.laplace(CATEGORICAL.net, (CATEGORICAL.x, labels), CATEGORICAL.likelihood, **options)
 
 
 def test_a_random_network_is_refused():
@@ -506,3 +542,89 @@ def test_evidence_by_hand():
     assert prediction.mean.item() == 2.0
     assert prediction.epistemic_variance.item() == pytest.approx(1 / precision)
     assert posterior.effective_dimension.value.item() == pytest.approx(18 / precision)
+
+
+# --- weights that were never trained ------------------------------------------------------------
+
+
+class Branches(nn.Module):
+    """Two groups of weights, all of a size that says nothing of the prior."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 3).double(), nn.Linear(2, 3).double()
+        with torch.no_grad():
+            for i, p in enumerate(self.parameters()):
+                p.copy_(by * numbers(*p.shape, seed=60 + i))
+
+    def forward(self, x):
+        return self.a(x[:, :2]) + self.b(x[:, 2:].sin())
+
+
+def untrained(by, likelihood=None):
+    x = numbers(120, 4, seed=70)
+    outputs = x @ numbers(4, 3, seed=71)
+    if isinstance(likelihood, pf.Gaussian):
+        return Branches(by), x, outputs + 0.1 * numbers(120, 3, seed=72)
+    return Branches(by), x, (outputs + 2 * numbers(120, 3, seed=72)).argmax(-1)
+
+
+@pytest.mark.parametrize("kind", ["isotropic", "layerwise", "gprior"])
+@pytest.mark.parametrize("by", [0.0, 1e-4, 1e-3, 1e-2])
+def test_weights_that_are_small_for_want_of_training_do_not_hold_the_precision(kind, by):
+    net, x, y = untrained(by)
+    found = pf.laplace(net, (x, y), pf.Categorical(), method="exact", prior=kind)
+    dense = DenseModel.of(net, x, y, categorical)
+    dense = dense.g_prior() if kind == "gprior" else dense
+    index = FunctionalModel.of(net).space.layer_index()
+    groups = index if kind == "layerwise" else torch.zeros_like(index)
+    expected, _ = mackay(dense, groups, 1.0)
+    torch.testing.assert_close(precisions(found), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        found.log_evidence.value, dense.log_evidence(expected[groups]), rtol=1e-7, atol=0
+    )
+    assert {c.name: c.status for c in found.checks} == {
+        "prior-settled": "pass",
+        "prior-not-pruned": "pass",
+    }
+    drawn = pf.laplace(
+        net, (x, y), pf.Categorical(), method="sampled", prior=kind, num_draws=16, progress=False
+    )
+    # Learned from eight draws, so that the effective dimensions have errors of a fifth or so.
+    assert (precisions(drawn) / expected).log().abs().max() < 1
+    assert {c.name: c.status for c in drawn.checks}["prior-not-pruned"] == "pass"
+
+
+@pytest.mark.parametrize("method", ["exact", "sampled"])
+def test_a_change_that_begins_at_zero_is_learned_with_the_noise(method):
+    net, x, y = untrained(0.0, pf.Gaussian())
+    base = untrained(0.3)[0].state_dict()
+
+    def changed(p, inputs):
+        moved = {name: value + p[f"d_{name}".replace(".", "_")] for name, value in base.items()}
+        return torch.func.functional_call(net, moved, (inputs,))
+
+    zeros = {f"d_{name}".replace(".", "_"): torch.zeros_like(v) for name, v in base.items()}
+    model = FunctionalModel(changed, zeros)
+    found = pf.laplace(model, (x, y), pf.Gaussian(), method=method, num_draws=16, seed=1)
+    dense = DenseModel.of(net, x, y - torch.func.functional_call(net, base, (x,)), gaussian(0.1))
+    best = type_two_maximum(dense, 1.0, 0.1)
+    exactness = (1e-5, 1e-5) if method == "exact" else (1.0, 0.1)
+    assert found.prior.precision.log().item() == pytest.approx(
+        best[0].log().item(), abs=exactness[0]
+    )
+    assert found.noise_variance == pytest.approx(best[1].item(), rel=exactness[1])
+
+
+@pytest.mark.parametrize("kind", ["isotropic", "layerwise", "gprior"])
+@pytest.mark.parametrize("method", ["exact", "sampled"])
+@pytest.mark.parametrize("by", [0.0, 1.0])
+def test_labels_without_a_pattern_switch_the_weights_off(kind, method, by):
+    # Every input has every label: the best function is none at all.
+    net, x, _ = untrained(by)
+    x, y = x.repeat(3, 1), torch.arange(3).repeat_interleave(len(x))
+    found = pf.laplace(net, (x, y), pf.Categorical(), method=method, prior=kind, num_draws=16)
+    checks = {c.name: c.status for c in found.checks}
+    assert checks["prior-settled"] == "pass"
+    assert checks["prior-not-pruned"] == "warn"
+    assert found.effective_dimension.value < 0.1

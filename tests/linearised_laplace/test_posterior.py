@@ -120,6 +120,27 @@ def test_log_likelihoods_by_hand(problem, method):
     torch.testing.assert_close(posterior.log_likelihood((X, y), joint=True).value, joint)
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_large_counts_in_single_precision(joint):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 1)).double()
+    with torch.no_grad():
+        net[0].weight.copy_(0.1 * numbers(1, 3, seed=4))
+        net[0].bias.fill_(14.0)
+        counts = net(X).exp().round()
+    values = []
+    for kind in (torch.float32, torch.float64):
+        own = net.to(kind)
+        posterior = pf.laplace(
+            own, (X.to(kind), counts), pf.Poisson(), prior_precision=1.0, num_draws=16, seed=1
+        )
+        found = posterior.log_likelihood(X.to(kind), counts, joint=joint)
+        assert found.cost.evaluations == 12 * 17
+        values.append((float(found), float(posterior.log_evidence)))
+    # A single float32 log-density of such a count is off by more than a tenth.
+    assert values[0][0] == pytest.approx(values[1][0], abs=0.01)
+    assert values[0][1] == pytest.approx(values[1][1], abs=0.02)
+
+
 def test_the_temperature_multiplies_the_covariance(problem):
     for method in ("exact", "sampled"):
         posterior = posterior_of(problem, method)

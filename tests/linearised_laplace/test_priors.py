@@ -137,3 +137,47 @@ def test_config_can_be_written():
         "kind": "layerwise",
         "precision": [1.0, 2.0],
     }
+
+
+# --- where learning begins ----------------------------------------------------------------------
+
+
+def trace_of(prior, curvature):
+    return prior.group_sums(prior.scaled(prior.scaled(curvature)))
+
+
+@pytest.mark.parametrize("kind", ["isotropic", "layerwise", "gprior"])
+def test_weights_of_ordinary_size_say_where_to_begin(kind):
+    curvature, weights = 100 * (numbers(8, seed=5).square() + 0.1), numbers(8, seed=6)
+    prior = start(kind).with_scale(curvature)
+    weights = prior.scaled(weights)
+    found = prior.matched_to(weights, curvature)
+    norms = prior.group_sums(prior.coordinates(weights).square())
+    torch.testing.assert_close(found.precision, prior.sizes / norms)
+
+
+@pytest.mark.parametrize("by", [0.0, 1e-9, 1e-2])
+@pytest.mark.parametrize("kind", ["isotropic", "layerwise", "gprior"])
+def test_small_weights_begin_where_the_data_have_a_say(kind, by):
+    curvature = numbers(8, seed=5).square() + 0.1
+    prior = start(kind).with_scale(curvature)
+    found = prior.matched_to(prior.scaled(by * numbers(8, seed=6)), curvature)
+    torch.testing.assert_close(found.precision, trace_of(prior, curvature) / prior.sizes)
+
+
+def test_the_units_of_the_weights_do_not_matter_to_where_learning_begins():
+    curvature, prior = numbers(8, seed=5).square() + 0.1, start("layerwise")
+    for weights in (numbers(8, seed=6), 1e-3 * numbers(8, seed=6)):
+        found = prior.matched_to(weights, curvature).precision
+        scaled = prior.matched_to(weights / 30, 900 * curvature).precision
+        torch.testing.assert_close(scaled, 900 * found)
+
+
+def test_a_group_without_curvature_begins_anywhere():
+    curvature = torch.tensor([0, 0, 0, 0, 1, 1, 1, 0]).double()  # nothing for "a"
+    prior = start("layerwise")
+    found = prior.matched_to(torch.full((8,), 0.5).double(), curvature).precision
+    assert found.tolist() == [4.0, 1.0]
+    untrained = prior.matched_to(torch.zeros(8).double(), curvature).precision
+    assert torch.isfinite(untrained).all()
+    assert untrained[1] == 1

@@ -12,13 +12,17 @@ from pushforward.linalg.conjugate_gradients import BlockIterate
 from pushforward.linearised_laplace.linear_model import NOISE_BLOCK
 from pushforward.linearised_laplace.resumable import run
 from pushforward.linearised_laplace.sampled import (
+    SampledState,
     SampledTask,
     current_likelihood,
     effective_dimensions,
     prior_draws,
     right_hand_sides,
+    step,
+    unsettled,
 )
 from pushforward.networks.likelihoods import Gaussian
+from pushforward.runs.distributed import ProcessGrid
 from pushforward.runs.rng import stream
 
 PRECISION = {"isotropic": 2.5, "layerwise": {"0": 0.7, "2": 4.0}}
@@ -293,6 +297,53 @@ def test_the_prior_reaches_the_fixed_point(name, kind, offset):
     torch.testing.assert_close(state.prior.precision.log(), expected.log(), rtol=0, atol=0.2)
     assert state.rounds
     assert state.settled
+
+
+@pytest.mark.parametrize("by", [0.0, 1e-3])
+@pytest.mark.parametrize("kind", ["isotropic", "gprior"])
+def test_small_weights_do_not_hold_the_prior(kind, by):
+    problem = replace(PROBLEMS["categorical"], net=deepcopy(PROBLEMS["categorical"].net)[:1])
+    with torch.no_grad():
+        for p in problem.net.parameters():
+            p.mul_(by)
+    problem = replace(problem, y=problem.x.argmax(1) + numbers(len(problem.x), seed=9).gt(1) * 1)
+    state = finished(
+        problem.linear(kind), 200, learn_prior=True, em_draws=200, block=200,
+        tolerance=0.1, max_rounds=40,
+    )  # fmt: skip
+    dense = problem.dense().g_prior() if kind == "gprior" else problem.dense()
+    expected, _ = mackay(dense, problem.groups(kind), 1.0)
+    torch.testing.assert_close(state.prior.precision.log(), expected.log(), rtol=0, atol=0.2)
+    assert state.settled
+
+
+@pytest.mark.parametrize(
+    ("change", "gamma", "expected"),
+    [
+        (3.0, 5.0, 3.0),
+        (-3.0, 5.0, 3.0),
+        (3.0, 1e-4, 0.0),  # runs off, to no effect
+        (-3.0, 1e-4, 3.0),  # comes back
+        (-3.0, 1e-12, 0.0),  # rounding
+    ],
+)
+def test_what_of_a_change_matters(change, gamma, expected):
+    numbers_of = [torch.tensor([value], dtype=torch.float64) for value in (change, gamma)]
+    assert unsettled(*numbers_of).item() == expected
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_every_process_has_the_g_prior_of_one(index):
+    linear = PROBLEMS["categorical"].linear("gprior", 1.3)
+    alone = step(task_for(linear, 7, block=4), SampledState("sketch", linear.prior))
+    shared = task_for(replace(linear, grid=ProcessGrid(2, 1, index, 0)), 7, block=4)
+    state = step(shared, SampledState("sketch", linear.prior))
+    assert torch.equal(state.prior.scale, alone.prior.scale)
+    # The block that is solved first is that of this process.
+    while state.iterate is None:
+        state = step(shared, state)
+    expected = linear.with_prior(alone.prior).sketch(shared.blocks[0], SEED).vectors
+    torch.testing.assert_close(state.sketch, expected)
 
 
 def test_the_noise_is_learned_too():

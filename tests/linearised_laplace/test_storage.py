@@ -1,4 +1,4 @@
-"""A posterior comes back from its file as it was, and only for its own network."""
+"""A posterior comes back from its file as it was, and goes with its own network only."""
 
 import copy
 
@@ -9,10 +9,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import pushforward as pf
-from pushforward.errors import NetworkError, WeightsError
+from pushforward.errors import NetworkError, OptionError, WeightsError
 from pushforward.linearised_laplace.exact import DualFactor, PrimalFactor
 from pushforward.linearised_laplace.storage import load_posterior, save_posterior
 from pushforward.networks.model import FunctionalModel
+from pushforward.runs.store import load_tensors, save_tensors
 
 LIKELIHOODS = {
     "categorical": pf.Categorical(),
@@ -174,12 +175,50 @@ def test_a_file_that_lacks_a_part_is_refused(tmp_path):
     net, posterior = make(method="sampled")
     path = tmp_path / "p"
     posterior.save(path)
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys() if name != "draws"}  # noqa: SIM118
-    save_file(tensors, path, metadata=header)
+    tensors, metadata = load_tensors(path, schema="pushforward.laplace", version=1)
+    del tensors["draws"]
+    save_tensors(path, tensors, metadata, schema="pushforward.laplace", version=1)
     with pytest.raises(WeightsError, match="damaged: its contents do not belong together"):
         pf.LaplacePosterior.load(path, net)
+
+
+def test_damage_beside_the_tensors_is_noticed_too(tmp_path):
+    net, posterior = make(LIKELIHOODS["gaussian"].with_noise(0.5))
+    path = tmp_path / "p"
+    posterior.save(path)
+    whole = path.read_bytes()
+    noise = rb"noise_variance\": 0.5"
+    assert whole.count(noise) == 1
+    path.write_bytes(whole.replace(noise, noise.replace(b"0.5", b"5.5")))
+    with pytest.raises(WeightsError, match="damaged"):
+        pf.LaplacePosterior.load(path, net)
+
+
+@pytest.mark.parametrize("path", [None, 7])
+def test_what_is_no_path_is_refused(path):
+    net, posterior = make()
+    with pytest.raises(OptionError, match=f"path: {path} is no path"):
+        posterior.save(path)
+    with pytest.raises(OptionError, match=f"path: {path} is no path"):
+        pf.LaplacePosterior.load(path, net)
+
+
+@pytest.mark.parametrize("other", [None, torch.sin], ids=["none", "function"])
+def test_what_is_no_network_is_refused_as_by_laplace(tmp_path, other):
+    _, posterior = make()
+    posterior.save(tmp_path / "p")
+    with pytest.raises(NetworkError) as expected:
+        pf.laplace(other, (torch.ones(2, 2), torch.ones(2)), pf.Gaussian(1.0))
+    with pytest.raises(NetworkError) as found:
+        pf.LaplacePosterior.load(tmp_path / "p", other)
+    assert str(found.value) == str(expected.value)
+
+
+def test_a_network_without_weights_is_refused(tmp_path):
+    _, posterior = make()
+    posterior.save(tmp_path / "p")
+    with pytest.raises(NetworkError, match="Load the weights first"):
+        pf.LaplacePosterior.load(tmp_path / "p", network().to("meta"))
 
 
 def test_other_kinds_and_newer_versions_are_refused(tmp_path):
@@ -195,3 +234,80 @@ def test_other_kinds_and_newer_versions_are_refused(tmp_path):
     save_file(net.state_dict(), path)
     with pytest.raises(WeightsError, match="not written by this library"):
         pf.LaplacePosterior.load(path, net)
+
+
+# A network that is trained on, below a posterior that shares its tensors
+
+
+class Scaled(nn.Module):
+    """With a weight, a frozen weight and a buffer, of which only the first is uncertain."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(2, 4), nn.Linear(4, 3)
+        self.register_buffer("scale", torch.tensor(2.0), persistent=False)
+
+    def forward(self, x):
+        return self.head(self.scale * self.body(x).tanh())
+
+
+def on_its_head(method="exact"):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = Scaled().double().eval()
+    return make(net=net, subset="head.*", method=method)
+
+
+USES = {
+    "predict": lambda posterior, data, _: posterior.predict(data[0]),
+    "output_draws": lambda posterior, data, _: posterior.output_draws(data[0]),
+    "log_likelihood": lambda posterior, data, _: posterior.log_likelihood(*data),
+    "evaluate": lambda posterior, data, _: posterior.evaluate(data),
+    "fit_temperature": lambda posterior, data, _: posterior.fit_temperature(data),
+    "weights": lambda posterior, _data, _: posterior.weights(),
+    "save": lambda posterior, _data, path: posterior.save(path),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+@pytest.mark.parametrize("method", ["exact", "sampled"])
+def test_a_network_that_has_changed_is_refused(tmp_path, use, method):
+    net, posterior = on_its_head(method)
+    posterior = posterior.with_temperature(0.5)
+    data, path = examples(net, LIKELIHOODS["categorical"]), tmp_path / "p"
+    before = copy.deepcopy(net.state_dict())
+    with torch.no_grad():
+        net.head.weight.mul_(3)
+    with pytest.raises(NetworkError, match=r"changed since .* in 1 of 5 tensors \(head.weight\)"):
+        use(posterior, data, path)
+    with pytest.raises(NetworkError, match="changed"):  # and not hidden by a new copy
+        use(posterior.with_temperature(1.0), data, path)
+    assert not path.exists()
+    net.load_state_dict(before)
+    use(posterior, data, path)
+
+
+@pytest.mark.parametrize("name", ["head.bias", "body.weight", "scale"])
+def test_everything_that_the_outputs_depend_on_is_watched(name):
+    net, posterior = on_its_head()
+    tensor = net.scale if name == "scale" else net.get_parameter(name)
+    x = torch.ones(4, 2, dtype=torch.float64)
+    posterior.predict(x)
+    tensor.data.neg_()  # past the count of changes that PyTorch keeps
+    with pytest.raises(NetworkError, match=rf"in 1 of 5 tensors \({name}\)"):
+        posterior.predict(x)
+    tensor.data.neg_()
+    posterior.predict(x)
+
+
+def test_a_loaded_posterior_watches_its_network_too(tmp_path):
+    net, posterior = make()
+    posterior.save(tmp_path / "p")
+    loaded = pf.LaplacePosterior.load(tmp_path / "p", net)
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
+    x, y = examples(net, LIKELIHOODS["categorical"])
+    nn.functional.cross_entropy(net(x), y).backward()
+    optimiser.step()
+    # The scale and shift of the normalisation, which are not uncertain, are trained on as well.
+    with pytest.raises(NetworkError, match=r"in 6 of 6 tensors \(.*, \.\.\.\)"):
+        loaded.predict(x)

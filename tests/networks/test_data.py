@@ -325,6 +325,16 @@ def test_the_fingerprint_tells_data_apart():
         assert Examples.read(changed).fingerprint() != ours
 
 
+def test_a_single_example_among_many_changes_the_fingerprint():
+    inputs = torch.arange(3000.0).reshape(1500, 2)
+    targets = torch.zeros(1500)
+    ours = Examples.read((inputs, targets)).fingerprint()
+    for number in (1, 1023, 1024, 1498):
+        other = inputs.clone()
+        other[number, 1] += 1
+        assert Examples.read((other, targets)).fingerprint() != ours
+
+
 def test_batches_move_to_the_device():
     examples = Examples.read((X, Y), device="meta")
     (batch,) = examples.batches(9)
@@ -507,6 +517,7 @@ def test_what_changes_between_passes_is_said(change, message):
         (((X, Y) for _ in range(2)), "generator can be read only once"),
         (X, "a Tensor has no targets"),
         ([X], "has no targets"),
+        ((X, Y.tolist()), "targets are a list of numbers"),
         ([(X,)], "a list of 1 has no targets|a tuple of 1 has no targets"),
         ({"x": X}, r"a mapping with keys \['x'\] has no targets"),
         ({"labels": Y}, "has no inputs"),

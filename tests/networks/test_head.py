@@ -117,7 +117,59 @@ class Reused(nn.Module):
         return self.end(self.first(x) @ self.end.weight)
 
 
-@pytest.mark.parametrize("network", [Twice, Scaled, Keyword])
+class WrittenTo(nn.Module):
+    """The output is the end's own tensor, with other numbers in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.end = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.end(x).relu_()
+
+
+class WritesIntoItsInput(nn.Module):
+    """What reaches the end is gone when it has been called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.end = nn.Linear(3, 3), Increment()
+
+    def forward(self, x):
+        return self.end(self.first(x))
+
+
+class Increment(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x += 1
+        return super().forward(x)
+
+
+class Sometimes(nn.Module):
+    """The end of the network for some inputs only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.end = nn.Linear(3, 3)
+
+    def forward(self, x):
+        outputs = self.end(x)
+        return outputs if (x[:, 0] >= 0).all() else 2 * outputs
+
+
+def test_what_is_the_end_for_some_examples_only_is_none():
+    x = torch.rand(5, 3)
+    x[3] = -1
+    model = FunctionalModel.of(Sometimes(), "end")
+    assert split_head(model, Examples.read((x, torch.zeros(5)))) is None
+    assert split_head(model, Examples.read((x[:3], torch.zeros(3)))) is not None
+
+
+@pytest.mark.parametrize("network", [Twice, Scaled, Keyword, WrittenTo, WritesIntoItsInput])
 def test_no_end_to_be_told(network):
     x = torch.randn(5, 3)
     model = FunctionalModel.of(network(), "end")

@@ -1,5 +1,6 @@
 """Which parameters of a network are uncertain, and the function of them that it becomes."""
 
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -221,3 +222,117 @@ def test_fingerprint_sees_every_weight():
         net[2].bias[-1] += 1e-12
     assert FunctionalModel.of(net).fingerprint() != before
     assert FunctionalModel.of(net, "0").fingerprint() != FunctionalModel.of(net).fingerprint()
+
+
+@pytest.mark.parametrize("module", [nn.Dropout(0.5), nn.BatchNorm1d(3)])
+def test_training_mode_after_the_network_was_read_is_refused(module):
+    net = nn.Sequential(nn.Linear(3, 3), module).double().eval()
+    model, x = FunctionalModel.of(net), numbers(4, 3, seed=1)
+    before, state = model.predict(x), {k: v.clone() for k, v in net.state_dict().items()}
+    net.train()
+    for reading in (model, FunctionalModel.of(model, "0.weight")):
+        with pytest.raises(NetworkError, match="is in training mode") as caught:
+            reading.predict(x)
+        assert caught.value.where == "module 1"
+    assert all(torch.equal(net.state_dict()[k], v) for k, v in state.items())
+    net.eval()
+    assert torch.equal(model.predict(x), before)
+
+
+class Raises(nn.Module):
+    def __init__(self, error):
+        super().__init__()
+        self.error, self.scale = error, nn.Parameter(torch.ones(1))
+
+    def forward(self, *_inputs, **_keywords):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "advised"),
+    [
+        (IndexError("index out of range in self"), "IndexError: index out of range", "token ids"),
+        (KeyError("mask"), "KeyError: 'mask'", "every keyword"),
+        (AssertionError(), "AssertionError", "shape"),
+        (AttributeError("no attribute 'x'"), "AttributeError: no attribute 'x'", "shape"),
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError", "shape"),
+        (RuntimeError("mat1 and mat2"), "float32 (2, 3): mat1 and mat2", "torch.float32"),
+    ],
+)
+def test_the_network_s_own_errors_are_named(error, said, advised):
+    with pytest.raises(NetworkError, match="it cannot take inputs of") as caught:
+        FunctionalModel.of(Raises(error)).predict(torch.ones(2, 3))
+    assert said in caught.value.what
+    assert advised in caught.value.advice
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("all gone"),
+        MemoryError(),
+        UserWarning("turned into an error"),
+        OptionError("a", where="b", advice="c"),
+    ],
+)
+def test_errors_that_say_enough_are_left(error):
+    with pytest.raises(type(error)) as caught:
+        FunctionalModel.of(Raises(error)).predict(torch.ones(2, 3))
+    assert caught.value is error
+
+
+def test_tokens_as_floating_point_numbers_are_told_from_other_dtypes():
+    model = FunctionalModel.of(nn.Embedding(5, 2))
+    with pytest.raises(NetworkError, match="float32") as caught:
+        model.predict(torch.ones(2, 3))
+    assert "token ids" in caught.value.advice
+    with pytest.raises(NetworkError, match="IndexError"):
+        model.predict(torch.tensor([[7]]))
+
+
+def test_inputs_that_are_no_tensors_are_described():
+    model = FunctionalModel.of(Raises(KeyError("x")))
+    with pytest.raises(
+        NetworkError, match=r"of a: torch.float32 \(2,\), b: str, NoneType, c: int:"
+    ):
+        model.predict({"a": torch.ones(2), "b": ["text", None], "c": 3})
+
+
+def test_weights_on_the_meta_device_are_refused():
+    with pytest.raises(NetworkError, match="meta device") as caught:
+        FunctionalModel.of(nn.Linear(3, 2, device="meta"))
+    assert "to_empty" in caught.value.advice
+    assert "load_state_dict" in caught.value.advice
+    half = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2, device="meta"))
+    with pytest.raises(NetworkError, match=r"1\.weight: it is on the meta device"):
+        FunctionalModel.of(half, "0")
+    with pytest.raises(NetworkError, match="meta device"):
+        FunctionalModel(lambda p, x: x * p["a"], {"a": torch.ones(1, device="meta")})
+
+
+def test_weights_made_in_inference_mode_are_refused():
+    with torch.inference_mode():
+        net = nn.Linear(3, 2)
+    with pytest.raises(NetworkError, match="inference_mode") as caught:
+        FunctionalModel.of(net)
+    assert "copy.deepcopy" in caught.value.advice
+    assert FunctionalModel.of(deepcopy(net)).space.size == 8
+
+
+def test_lazy_layers_are_refused():
+    net = nn.LazyLinear(2)
+    with pytest.raises(NetworkError, match="lazy layer"):
+        FunctionalModel.of(net)
+    net(torch.ones(1, 3))
+    assert FunctionalModel.of(net).space.size == 8
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize("subset", [5, ["0", 3], [None], (b"0",)])
+def test_what_is_no_pattern_is_refused(subset):
+    net = multilayer(3, 4, 2)
+    for reading in (net, FunctionalModel.of(net)):
+        with pytest.raises(OptionError, match="is no pattern") as caught:
+            FunctionalModel.of(reading, subset)
+        assert caught.value.where == "subset"

@@ -5,7 +5,7 @@ import torch
 
 from laplace_scenarios import numbers
 from pushforward.errors import NetworkError, OptionError, ShapeError
-from pushforward.networks.parameters import ParameterSpace, match_names
+from pushforward.networks.parameters import ParameterSpace, as_patterns, match_names
 
 TENSORS = {
     "body.0.weight": numbers(3, 2, seed=1),
@@ -115,3 +115,17 @@ def test_a_pattern_that_matches_nothing_is_refused(patterns):
 def test_names_are_case_sensitive():
     with pytest.raises(OptionError):
         match_names(NAMES, "Head")
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize("patterns", [5, ["head", 3], [None]])
+def test_what_is_no_pattern_is_refused(patterns):
+    with pytest.raises(OptionError, match="is no pattern") as caught:
+        match_names(NAMES, patterns, where="layers")
+    assert caught.value.where == "layers"
+
+
+def test_patterns_are_read_once():
+    assert as_patterns("head") == ("head",)
+    assert as_patterns(iter(["head", "body"])) == ("head", "body")
+    assert as_patterns([]) == ()

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from laplace_scenarios import multilayer, numbers
 from oracles.linear_gaussian import dense_jacobian
+from pushforward.errors import NetworkError
 from pushforward.networks.model import FunctionalModel
 from pushforward.networks.tangent import Tangent
 
@@ -56,6 +58,38 @@ class Tied(nn.Module):
         return torch.tanh(self.encoder(x)) @ self.encoder.weight
 
 
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.body, self.head = kind(2, 3, batch_first=True), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x)[0][:, -1])
+
+
+class WritesIntoBuffer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        found = torch.zeros(len(x), 2, dtype=x.dtype)  # not x.new_zeros, which vmap vectorises
+        hidden = torch.tanh(self.layer(x))
+        found[:, 0] = hidden[:, 0]
+        found[:, 1] = hidden[:, 1] * hidden[:, 2]
+        return found
+
+
+class BranchesOnValues(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        hidden = self.layer(x)
+        return torch.tanh(hidden) if hidden.square().sum() < 1e6 else hidden
+
+
 class Sequence(nn.Module):
     """Outputs (B, T, C)."""
 
@@ -89,6 +123,11 @@ CASES = {
     "tied": (Tied(), X),
     "sequence": (Sequence(), torch.tensor([[0, 1, 4], [2, 2, 3]])),
     "backward only": (BackwardOnly(), X),
+    "LSTM": (Recurrent(nn.LSTM), numbers(18, 4, 2, seed=4)),  # more than one block of examples
+    "GRU": (Recurrent(nn.GRU), numbers(3, 4, 2, seed=4)),
+    "RNN": (Recurrent(nn.RNN), numbers(3, 4, 2, seed=4)),
+    "buffer": (WritesIntoBuffer(), X),
+    "branch": (BranchesOnValues(), X),
 }
 
 
@@ -233,3 +272,96 @@ def test_weights_in_front_of_a_normalisation_have_no_radial_derivative():
     radial[model.space.slices["4.bias"]] = 0
     assert Tangent(model).jvp(x, radial[None]).abs().max() < 1e-7
     assert Tangent(model).jvp(x, model.vector[None]).abs().max() > 0.1
+
+
+def test_a_recurrent_network_in_single_precision_leaves_its_library():
+    # In float32 on CPUs torch gives an LSTM to oneDNN, whose derivatives do not go with functions.
+    net = Recurrent(nn.LSTM).eval()
+    model, twin = FunctionalModel.of(net), FunctionalModel.of(Recurrent(nn.LSTM).double().eval())
+    twin = FunctionalModel(twin.function, {k: p.double() for k, p in model.parameters.items()})
+    x, u = numbers(5, 4, 2, seed=1), numbers(3, 5, 2, seed=2)
+    v = numbers(3, model.space.size, seed=3)
+    for found, expected in (
+        (Tangent(model).jvp(x.float(), v.float()), Tangent(twin).jvp(x, v)),
+        (Tangent(model).vjp(x.float(), u.float()), Tangent(twin).vjp(x, u)),
+        (Tangent(model).jacobian(x.float()), Tangent(twin).jacobian(x)),
+    ):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    assert torch.backends.mkldnn.enabled
+
+
+PRODUCTS = {
+    "jvp": lambda t, x: t.jvp(x, t.model.vector[None]),
+    "vjp": lambda t, x: t.vjp(x, torch.ones(1, *t.model(t.model.parameters, x).shape)),
+    "product": lambda t, x: t.product(x, t.model.vector[None], lambda _f, u: u),
+    "jacobian": lambda t, x: t.jacobian(x),
+}
+
+
+@pytest.fixture(params=PRODUCTS, ids=str)
+def product(request):
+    return PRODUCTS[request.param]
+
+
+def test_training_mode_after_the_network_was_read_is_refused(product):
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    tangent = Tangent(FunctionalModel.of(net))
+    product(tangent, X.float())
+    before = net[1].running_mean.clone()
+    net.train()
+    with pytest.raises(NetworkError, match="BatchNorm1d is in training mode"):
+        tangent.jvp(X.float(), tangent.model.vector[None])
+    with pytest.raises(NetworkError, match="BatchNorm1d is in training mode"):
+        tangent.vjp(X.float(), torch.ones(1, 5, 2))
+    with pytest.raises(NetworkError, match="BatchNorm1d is in training mode"):
+        tangent.jacobian(X.float())
+    assert torch.equal(net[1].running_mean, before)
+
+
+class OldStyle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * gradient
+
+
+def test_a_function_without_setup_context_is_named(product):
+    model = FunctionalModel(lambda p, x: OldStyle.apply(x * p["a"]), {"a": torch.tensor([2.0])})
+    with pytest.raises(NetworkError, match="its derivative cannot be taken") as caught:
+        product(Tangent(model), torch.ones(3, 1))
+    assert "setup_context" in caught.value.advice
+
+
+@pytest.mark.parametrize("name", ["jvp", "jacobian"])
+def test_chance_is_not_taken_example_by_example(name):
+    # No module is in training mode here, so that only the derivative can notice.
+    model = FunctionalModel(lambda p, x: functional.dropout(x * p["a"]), {"a": torch.tensor([2.0])})
+    with pytest.raises(NetworkError, match="its derivative cannot be taken") as caught:
+        PRODUCTS[name](Tangent(model), torch.ones(3, 1))
+    assert "net.eval()" in caught.value.advice
+
+
+@pytest.mark.parametrize("name", ["jvp", "jacobian"])
+def test_inputs_that_the_network_cannot_take_are_named_as_such(name):
+    net = nn.Sequential(nn.Embedding(4, 2), nn.Flatten(), nn.Linear(6, 1)).eval()
+    with pytest.raises(NetworkError, match="it cannot take inputs") as caught:
+        PRODUCTS[name](Tangent(FunctionalModel.of(net)), torch.tensor([[0, 1, 9]]))
+    assert "token ids" in caught.value.advice
+
+
+def test_want_of_memory_is_not_tried_again():
+    calls = []
+
+    def function(_parameters, x):
+        calls.append(x)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = FunctionalModel(function, {"a": torch.tensor([2.0])})
+    with pytest.raises(torch.OutOfMemoryError):
+        Tangent(model).jacobian(torch.ones(3, 1))
+    assert len(calls) == 1

@@ -19,6 +19,7 @@ def test_uncertainty_of_a_tiny_run(image_folder, tmp_path):
     (result,) = study.study(stored)  # reads what was written
     assert result["train_images"] == 24
     assert result["draws"] == 2
+    assert "all layers, for all images" in result["scores"]  # 24 stand for 64
     for scores in result["scores"].values():
         assert 0 <= scores["accuracy"] <= 1
         assert scores["NLL"] > 0

@@ -111,9 +111,11 @@ def test_fewer_draws_than_processes_are_refused():
         ProcessGrid(3, 2, 0, 0).draws(2)
 
 
-@pytest.mark.parametrize("data_shards", [0, 2])
-def test_data_shares_that_do_not_divide_the_processes_are_refused(data_shards):
-    with pytest.raises(OptionError, match="1 processes cannot share"):
+@pytest.mark.parametrize(
+    ("data_shards", "message"), [(0, "data_shards: 0"), (2, "1 processes cannot share")]
+)
+def test_data_shares_that_do_not_divide_the_processes_are_refused(data_shards, message):
+    with pytest.raises(OptionError, match=message):
         ProcessGrid.from_environment(data_shards)
 
 

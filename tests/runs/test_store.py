@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pushforward.errors import OptionError, WeightsError
@@ -117,6 +118,66 @@ def test_damaged_files_are_refused(tmp_path):
         read(tmp_path)
 
 
+def opened(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def test_any_changed_bit_is_noticed(tmp_path):
+    path = tmp_path / "file"
+    tensors = {"a": GRID[0].float() / 7, "b": torch.tensor([3, -1], dtype=torch.int32)}
+    save_tensors(path, tensors, {"noise_variance": 0.5}, schema="test.kind", version=2)
+    whole = path.read_bytes()
+    for place in range(0, 8 * len(whole), 5):  # every byte, and each bit of it in turn
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(WeightsError):
+            read(path)
+    path.write_bytes(whole)
+    assert read(path)[1] == {"noise_variance": 0.5}
+
+
+def test_whole_contents_of_another_file_are_noticed(tmp_path):
+    path = tmp_path / "file"
+    write(path)
+    header, tensors = opened(path)
+    changes = [
+        (header | {"version": "1"}, tensors),
+        (header | {"metadata": header["metadata"].replace("true", "false")}, tensors),
+        (header | {"more": ""}, tensors),
+        (header, tensors | {"more": torch.zeros(1)}),
+        (header, {name: tensor for name, tensor in tensors.items() if name != "none"}),
+        (header, tensors | {"double": tensors["tied"], "tied": tensors["double"]}),
+        (header, tensors | {"double": tensors["double"].reshape(4, 3)}),
+        (header, tensors | {"double": tensors["double"].view(torch.int64)}),
+    ]
+    for changed in changes:
+        save_file(changed[1], path, changed[0])
+        with pytest.raises(WeightsError, match="damaged: its contents are not those") as caught:
+            read(path)
+        assert caught.value.where == str(path)
+    save_file(tensors, path, header)
+    assert read(path)[1] == METADATA
+
+
+def test_a_file_without_checksum_is_refused(tmp_path):
+    path = tmp_path / "file"
+    write(path)
+    header, tensors = opened(path)
+    save_file(tensors, path, {key: header[key] for key in ("schema", "version", "metadata")})
+    with pytest.raises(WeightsError, match="its checksum is missing"):
+        read(path)
+
+
+@pytest.mark.parametrize("path", [None, 3])
+def test_what_is_no_path_is_refused(path):
+    with pytest.raises(OptionError, match=rf"^path: {path} is no path"):
+        write(path)
+    with pytest.raises(OptionError, match=rf"^path: {path} is no path"):
+        read(path)
+
+
 def test_what_json_cannot_hold_is_refused(tmp_path):
     with pytest.raises(OptionError, match="Tensor is not JSON serializable"):
         save_tensors(tmp_path / "file", {}, {"a": torch.ones(1)}, schema="a", version=1)
@@ -158,6 +219,17 @@ def test_a_checkpoint_returns_the_last_state(tmp_path):
     tensors, state = Checkpoint(str(tmp_path / "run"), IDENTITY).load()
     assert torch.equal(tensors["draws"], GRID + 2)
     assert state == {"step": 2, "error": 0.1 * 2}
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    checkpoint = Checkpoint(tmp_path, IDENTITY)
+    checkpoint.save({"draws": GRID}, {"step": 1})
+    whole = bytearray(checkpoint.path.read_bytes())
+    whole[-1] ^= 0x40  # the exponent of the last draw
+    checkpoint.path.write_bytes(whole)
+    with pytest.raises(WeightsError, match="damaged") as caught:
+        checkpoint.load()
+    assert "begins again" in caught.value.advice
 
 
 def test_tuples_in_an_identity_are_lists():

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pushforward.errors import WeightsError
-from pushforward.runs.store import save_tensors
+from pushforward.runs.store import load_tensors, save_tensors
 from pushforward.sampling.chains import Chains
 from pushforward.sampling.storage import load_chains, save_chains
 from sampling_kernels import RandomWalk, assert_same, normal_potential, run
@@ -85,10 +85,9 @@ def test_damaged_files_are_refused(tmp_path):
 def test_files_that_lack_a_part_are_refused(tmp_path, missing):
     path = tmp_path / "c"
     save_chains(run(), path)
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys() if name != missing}  # noqa: SIM118
-    save_file(tensors, path, metadata=header)
+    tensors, metadata = load_tensors(path, schema="pushforward.chains", version=1)
+    del tensors[missing]
+    save_tensors(path, tensors, metadata, schema="pushforward.chains", version=1)
     with pytest.raises(WeightsError, match="damaged: its contents do not belong together"):
         load_chains(path)
 

@@ -300,9 +300,12 @@ class Expect:
             How the result can be made again, kept in the JSON file.
         """
         from pushforward.cli.loading import load_law, load_network
+        from pushforward.cli.pages import refuse_overwriting
         from pushforward.cumulants.expectation import expect
         from pushforward.report.events import output_labels
 
+        read = [("--data", self.law.data), ("--weights", self.network.weights)]
+        refuse_overwriting(read, [("--json", self.json)])
         net = load_network(self.network, seed=self.seed)
         loaded = load_law(self.law, device=self.network.device)
         estimate = expect(

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from pushforward.cli.options import ExampleOptions, NetworkOptions
-from pushforward.cli.pages import make_folder, page_environment, size_of
+from pushforward.cli.pages import make_folder, page_environment, refuse_overwriting, size_of
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from pushforward.errors import PushforwardError
+    from pushforward.function_space.network import ReferenceNetwork
     from pushforward.function_space.summary import FunctionSummary, InputMoments
     from pushforward.function_space.versions import VersionDistances
     from pushforward.typing import Params
@@ -24,6 +29,29 @@ MetricName = Literal["euclidean", "softmax", "kl", "fisher"]
 EstimatorName = Literal[
     "auto", "gated", "gaussian", "anchored", "reference", "sampled", "synthetic"
 ]
+
+_SEED_LIMIT = 2**63
+
+# What messages of the library call its arguments, and what they are called here.
+_OPTIONS = {
+    "classes": "--classes",
+    "clusters": "--clusters",
+    "input_moments": "--input-moments",
+    "layer_moments": "--layer-moments",
+    "outputs": "--outputs",
+    "metric": "--metric",
+    "metrics": "--metric",
+    "estimator": "--estimator",
+    "seed": "--seed",
+}
+_ADVICE = (
+    (r"Give num_classes= .*", "Number the classes that occur from 0, without gaps."),
+    (r"Make it with pf\.summarize\(\.\.\., layer_moments=True\)", "Make it with --layer-moments"),
+    (r"Leave layer_moments=False", "Leave out --layer-moments"),
+    (r", a slice, or a mask", ""),
+    (r"Give classes, or neither", "Leave it out, or give --classes targets"),
+    (r"""estimator=["'](\w+)["']""", r"--estimator \1"),
+)
 
 
 @dataclass(frozen=True)
@@ -115,25 +143,32 @@ class Distance:
         from pushforward.report.function_space import function_space_section
 
         net = load_network(self.network, seed=self.seed)
-        summary = self._read(net) if self.summary is not None else self._make(net)
+        known = self._read(net) if self.summary is not None else None
+        inputs = None if self.data is None else self._inputs(net, self.data)
+        # Whatever can be refused is refused before the pass over the data, not after it.
+        versions = self._versions(net)
+        reference = self._reference(net, inputs) if known is None else known.reference
+        if versions:
+            self._check_question(reference)
+        self._check_places(with_page=bool(versions))
+        with _as_options():
+            summary = self._make(net, inputs) if known is None else known
         print(summary, flush=True)
         if self.save_summary is not None:
-            make_folder(self.save_summary.parent)
             summary.save(self.save_summary)
             print(f"Summary: {self.save_summary}")
-        versions = self._versions(net, summary)
         if not versions:
             return
-        make_folder(self.output)
-        found = measure_versions(
-            summary,
-            versions,
-            metrics=self.metric,
-            estimator=None if self.estimator == "auto" else self.estimator,
-            outputs=list(self.outputs) or None,
-            data=None if self.data is None else self._inputs(net, self.data),
-            seed=self.seed,
-        )
+        with _as_options():
+            found = measure_versions(
+                summary,
+                versions,
+                metrics=self.metric,
+                estimator=None if self.estimator == "auto" else self.estimator,
+                outputs=list(self.outputs) or None,
+                data=inputs,
+                seed=self.seed,
+            )
         _print_distances(found, self.network.network)
         if self.json is not None:
             page.write_json({"command": command, **found.to_dict()}, self.json)
@@ -164,6 +199,7 @@ class Distance:
             With what is missing or too much.
         """
         from pushforward.errors import OptionError
+        from pushforward.options import whole_number
 
         if self.data is None and self.summary is None:
             raise OptionError(
@@ -192,6 +228,92 @@ class Distance:
                 advice="Give --other FILE, --prune SHARE or --quantise BITS, or keep the summary "
                 "with --save-summary FILE.",
             )
+        if self.classes is not None and self.clusters is not None:
+            raise OptionError(
+                "both are given",
+                where="--classes and --clusters",
+                advice="Choose one: what is kept apart is either.",
+            )
+        if len(set(self.metric)) < len(self.metric):
+            raise OptionError(" ".join(self.metric), where="--metric", advice="Name each once.")
+        if self.estimator == "anchored" and self.summary is None and not self.layer_moments:
+            raise OptionError(
+                "it needs moments of the layers, which are not kept",
+                where="--estimator anchored",
+                advice="Add --layer-moments.",
+            )
+        if self.clusters is not None:
+            whole_number(self.clusters, "--clusters")
+        advice = "Give a whole number from 0 on, below 2^63."
+        whole_number(self.seed, "--seed", least=0, most=_SEED_LIMIT - 1, advice=advice)
+        _moments(self.input_moments)
+        self._check_overwriting()
+
+    def _check_overwriting(self) -> None:
+        """Refuse to write where something is read, or where something else is written."""
+        read = [
+            ("--data", self.data),
+            ("--weights", self.network.weights),
+            ("--summary", self.summary),
+            *(("--other", path) for path in self.other),
+        ]
+        written = [("--save-summary", self.save_summary), ("--json", self.json)]
+        if self.other or self.prune or self.quantise:
+            names = ("index.html", "result.json")
+            written = [*(("a file of --output", self.output / name) for name in names), *written]
+        refuse_overwriting(read, written)
+
+    def _check_places(self, *, with_page: bool) -> None:
+        """Refuse files that cannot be written before the work, not after it."""
+        if self.save_summary is not None:
+            _check_writable(self.save_summary)
+        if with_page:
+            make_folder(self.output)
+            for name in ("index.html", "result.json"):
+                _check_writable(self.output / name)
+            if self.json is not None:
+                _check_writable(self.json)
+
+    def _reference(self, net: nn.Module, inputs: Tensor | None) -> ReferenceNetwork:
+        """The network as it will be summarised, tried on a few examples."""
+        from pushforward.errors import NetworkError
+        from pushforward.function_space.network import ReferenceNetwork
+
+        assert inputs is not None
+        reference = ReferenceNetwork.of(net, tuple(inputs.shape[1:]))
+        try:
+            return reference.seen_on(inputs[:2])
+        except NetworkError as error:
+            if "cannot take" not in error.what:
+                raise
+            raise NetworkError(
+                error.what,
+                where=f"{self.network.network} on {self.data}",
+                advice="Give the shape of one example with --input-shape, or choose another array "
+                "with --key; token ids need --tokens.",
+            ) from error
+
+    def _check_question(self, reference: ReferenceNetwork) -> None:
+        """Refuse outputs, metrics and estimators that the network does not have."""
+        from pushforward.errors import UnsupportedLayerError
+        from pushforward.function_space.metrics import check_axes, check_probabilities
+        from pushforward.function_space.network import select_outputs
+
+        count = prod(reference.output_shape)
+        with _as_options():
+            chosen = select_outputs(count, list(self.outputs) or None)
+            for metric in self.metric:
+                check_axes(reference.output_shape, metric)
+                check_probabilities(count if chosen is None else len(chosen), metric)
+        if self.estimator not in {"auto", "synthetic"}:
+            try:
+                _ = reference.graph
+            except UnsupportedLayerError as error:
+                raise UnsupportedLayerError(
+                    f"it takes a chain of known layers ({error.where}: {error.what})",
+                    where=f"--estimator {self.estimator}",
+                    advice="Leave it out, or use --estimator synthetic, for any other network.",
+                ) from error
 
     def _read(self, net: nn.Module) -> FunctionSummary:
         """The summary of a file; `net` gets its weights.
@@ -223,12 +345,13 @@ class Distance:
         net.load_state_dict(reference.module.state_dict())
         return summary
 
-    def _make(self, net: nn.Module) -> FunctionSummary:
+    def _make(self, net: nn.Module, inputs: Tensor | None) -> FunctionSummary:
         from pushforward.cli.loading import load_examples
         from pushforward.function_space.summarize import summarize
 
         assert self.data is not None
-        data: Tensor | tuple[Tensor, Tensor] = self._inputs(net, self.data)
+        assert inputs is not None
+        data: Tensor | tuple[Tensor, Tensor] = inputs
         if self.classes is not None:
             data = load_examples(
                 self.data, self.examples, device=self.network.device, dtype=_dtype(net)
@@ -248,12 +371,12 @@ class Distance:
 
         return load_inputs(path, self.examples, device=self.network.device, dtype=_dtype(net))
 
-    def _versions(self, net: nn.Module, summary: FunctionSummary) -> dict[str, Params]:
+    def _versions(self, net: nn.Module) -> dict[str, Params]:
         """Weights of all files, and compressed ones, by name."""
         names = [path.name for path in self.other]
         clear = len(set(names)) == len(names)
         versions = {(p.name if clear else str(p)): _weights(net, p) for p in self.other}
-        return versions | compressed_versions(summary.reference.module, self.prune, self.quantise)
+        return versions | compressed_versions(net, self.prune, self.quantise)
 
     def _about(self, summary: FunctionSummary) -> str:
         count = f"{summary.num_examples:,} examples"
@@ -301,6 +424,51 @@ def compressed_versions(
         option = "--prune" if error.where == "share" else "--quantise"
         raise OptionError(error.what, where=option, advice=error.advice) from error
     return versions
+
+
+@contextmanager
+def _as_options() -> Iterator[None]:
+    """Let refusals of the library name options of the command line.
+
+    Yields
+    ------
+    None
+        While they do.
+    """
+    from pushforward.errors import PushforwardError
+
+    try:
+        yield
+    except PushforwardError as error:
+        _retell(error)
+
+
+def _retell(error: PushforwardError) -> NoReturn:
+    """Raise an error again, in the words of the command line."""
+    where, advice = _OPTIONS.get(error.where, error.where), error.advice
+    for said, instead in _ADVICE:
+        where, advice = re.sub(said, instead, where), re.sub(said, instead, advice)
+    raise type(error)(error.what, where=where, advice=advice) from error
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse a file that cannot be written, without touching one that is there."""
+    import os
+
+    from pushforward.errors import OptionError
+
+    make_folder(path.parent)
+    reason = None
+    if path.is_dir():
+        reason = "it is a folder"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        reason = "permission denied"
+    if reason is not None:
+        raise OptionError(
+            f"cannot be written ({reason})",
+            where=str(path),
+            advice="Choose a file that you may write.",
+        )
 
 
 def _weights(net: nn.Module, path: Path) -> Params:

@@ -23,6 +23,7 @@ from pushforward.cli.options import ExampleOptions, LawOptions, NetworkOptions
 from pushforward.cumulants.laws import GaussianLaw
 from pushforward.errors import DataError, NetworkError, OptionError, ShapeError, WeightsError
 from pushforward.networks.data import DataStream
+from pushforward.networks.model import check_weights
 
 __all__ = [
     "LoadedLaw",
@@ -74,7 +75,8 @@ def load_network(options: NetworkOptions, *, seed: int = 0) -> nn.Module:
     Raises
     ------
     NetworkError
-        When the factory cannot be imported or called, or returns something else.
+        When the factory cannot be imported or called, or returns something else, such as a network
+        without numbers (meta device).
     """
     device = _device(options.device)
     keywords = _keywords(options.factory_options)
@@ -103,6 +105,7 @@ def load_network(options: NetworkOptions, *, seed: int = 0) -> nn.Module:
             where=where,
             advice="Name a function that builds and returns the network.",
         )
+    check_weights({**dict(net.named_parameters()), **dict(net.named_buffers())}, where=where)
     if options.weights is not None:
         load_weights(net, options.weights)
     return net.requires_grad_(False).eval().to(device)
@@ -180,10 +183,7 @@ def load_law(options: LawOptions, *, device: str = "cpu") -> LoadedLaw:
     for name, shape in (("--standard", options.standard), ("--input-shape", options.input_shape)):
         if any(size < 1 for size in shape):
             raise OptionError(f"{shape}", where=name, advice="Give positive sizes.")
-    if not math.isfinite(options.scale) or options.scale == 0:
-        raise OptionError(
-            f"{options.scale:g}", where="--scale", advice="Give a finite factor other than 0."
-        )
+    _check_scale(options.scale)
     if options.data is None:
         shape = options.input_shape or options.standard
         if math.prod(shape) != math.prod(options.standard):
@@ -221,11 +221,50 @@ def load_data(path: Path, *, key: str | None = None) -> Tensor:
         When the file cannot be read or holds pickled objects, the array is missing, not numeric,
         empty, or has NaN or infinite entries.
     """
-    where = str(path)
-    name, array = _read_array(path, lambda archive: _pick_key(archive, key, where))
+    name, array = _read_examples(path, key)
     kept = array.dtype in {np.dtype(np.float32), np.dtype(np.float64)}
-    examples = torch.from_numpy(np.ascontiguousarray(array if kept else array.astype(np.float64)))
-    for _ in DataStream(examples, name=f"{where}[{name!r}]").inputs():
+    return _checked(array if kept else array.astype(np.float64), f"{path}[{name!r}]")
+
+
+def _load_tokens(path: Path, options: ExampleOptions) -> Tensor:
+    """An array of integers, which stay integers.
+
+    Returns
+    -------
+    Tensor
+        ``(N, ...)``, int64.
+
+    Raises
+    ------
+    DataError
+        When the array holds other numbers, and for whatever `load_data` refuses.
+    OptionError
+        When they are to be scaled.
+    """
+    if options.scale != 1:
+        raise OptionError(
+            f"{options.scale:g} times a token is no token",
+            where="--scale and --tokens",
+            advice="Leave out one of them.",
+        )
+    name, array = _read_examples(path, options.key)
+    where = f"{path}[{name!r}]"
+    if array.dtype.kind not in "iu":
+        raise DataError(
+            f"it has dtype {array.dtype}",
+            where=where,
+            advice="Save token ids as integers, or leave out --tokens.",
+        )
+    return _checked(array.astype(np.int64), where)
+
+
+def _read_examples(path: Path, key: str | None) -> tuple[str, np.ndarray[Any, np.dtype[Any]]]:
+    return _read_array(path, lambda archive: _pick_key(archive, key, str(path)))
+
+
+def _checked(array: np.ndarray[Any, np.dtype[Any]], where: str) -> Tensor:
+    examples = torch.from_numpy(np.ascontiguousarray(array))
+    for _ in DataStream(examples, name=where).inputs():
         pass  # the pass itself refuses NaN, no examples, and examples without features
     return examples
 
@@ -244,7 +283,7 @@ def load_examples(
     device
         Where they go.
     dtype
-        Of the inputs, and of targets that are not integers; None leaves them.
+        Of the inputs, tokens excepted, and of targets that are not integers; None leaves them.
 
     Returns
     -------
@@ -257,6 +296,8 @@ def load_examples(
         When the file cannot be read, an array is missing, or they differ in length.
     ShapeError
         When the inputs do not have the shape asked for.
+    OptionError
+        When the scale is impossible.
     """
     where = str(path)
     inputs = load_inputs(path, options, device=device, dtype=dtype)
@@ -284,7 +325,7 @@ def load_inputs(
     options
         Their name, and what is done to them.
     device, dtype
-        Where they go, and what they become; None leaves them.
+        Where they go, and what they become unless they are tokens; None leaves them.
 
     Returns
     -------
@@ -297,8 +338,14 @@ def load_inputs(
         When the file cannot be read, or the array is missing.
     ShapeError
         When the inputs do not have the shape asked for.
+    OptionError
+        When the scale is impossible.
     """
-    inputs = load_data(path, key=options.key) * options.scale
+    _check_scale(options.scale)
+    if options.tokens:
+        inputs, dtype = _load_tokens(path, options), None
+    else:
+        inputs = load_data(path, key=options.key) * options.scale
     shape = options.input_shape or tuple(inputs.shape[1:])
     if math.prod(shape) != math.prod(inputs.shape[1:]):
         _refuse_shape(shape, tuple(inputs.shape[1:]), str(path))
@@ -363,6 +410,13 @@ def _device(name: str) -> torch.device:
             advice="Use cpu, or cuda on a machine that has it.",
         ) from error
     return device
+
+
+def _check_scale(scale: float) -> None:
+    if not math.isfinite(scale) or scale == 0:
+        raise OptionError(
+            f"{scale:g}", where="--scale", advice="Give a finite factor other than 0."
+        )
 
 
 def _keywords(text: str) -> dict[str, Any]:

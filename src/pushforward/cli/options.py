@@ -88,12 +88,16 @@ class ExampleOptions:
         The inputs are multiplied by it: 0.00392157 takes bytes to [0, 1].
     input_shape
         Shape in which the network takes one example, such as 1 28 28. Default: as the data have it.
+    tokens
+        The inputs are token ids, which the network looks up: their integers stay integers. Without
+        it all inputs become floating-point numbers of the type of the network's weights.
     """
 
     key: str | None = None
     target_key: str | None = None
     scale: float = 1.0
     input_shape: tuple[int, ...] = ()
+    tokens: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from pushforward.cli.options import NetworkOptions
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["make_folder", "page_environment", "size_of"]
+__all__ = ["make_folder", "page_environment", "refuse_overwriting", "size_of"]
 
 
 def size_of(options: NetworkOptions, net: nn.Module) -> str:
@@ -89,3 +90,38 @@ def make_folder(path: Path) -> None:
             where=str(path),
             advice="Choose a folder that you may write to.",
         ) from error
+
+
+def refuse_overwriting(
+    read: Sequence[tuple[str, Path | None]], written: Sequence[tuple[str, Path | None]]
+) -> None:
+    """Refuse to write where something is read, or where something else is written.
+
+    Parameters
+    ----------
+    read, written
+        Options with their files, of which None are not there.
+
+    Raises
+    ------
+    OptionError
+        For the first file that would be lost.
+    """
+    from pushforward.errors import OptionError
+
+    for number, (option, path) in enumerate(written):
+        for name, given in (*read, *written[:number]):
+            if path is not None and given is not None and _same_file(path, given):
+                raise OptionError(
+                    f"{path} is also {name}",
+                    where=option.removeprefix("a file of "),
+                    advice="It would be overwritten: give another one.",
+                )
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    """Whether two paths are one file, which need not exist."""
+    try:
+        return one.resolve() == other.resolve() or one.samefile(other)
+    except (OSError, RuntimeError):  # one does not exist, or links go round
+        return False

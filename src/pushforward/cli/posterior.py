@@ -134,12 +134,11 @@ def write_posterior(
         posterior = posterior.fit_temperature(
             validation, "monte_carlo" if likelihood == "poisson" else "probit"
         )
-    section = uncertainty_section(
+    posterior.save(path)  # before anything else can go wrong
+    return uncertainty_section(
         posterior,
         test,
         validation=validation,
         labels=labels,
         image_shape=options.image_shape,
     )
-    posterior.save(path)
-    return section

@@ -59,7 +59,15 @@ def label_components(
             )
         labels = torch.cat([part for part in parts if part is not None])
     else:
-        labels = torch.as_tensor(classes)
+        try:
+            labels = torch.as_tensor(classes)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(
+                f"{type(classes).__name__} holds no numbers ({error})",
+                where="classes",
+                advice="Give one whole number from 0 for each example; numpy.unique(names, "
+                "return_inverse=True)[1] numbers names.",
+            ) from error
     labels = labels.cpu()
     whole = not labels.is_floating_point() and not labels.is_complex()
     if labels.shape != (examples.num_examples,) or not whole or int(labels.min()) < 0:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor, nn
 
-from pushforward.function_space.network import Other
+from pushforward.errors import WeightsError
+from pushforward.function_space.network import Other, unwrapped
 from pushforward.options import number, whole_number
 from pushforward.typing import Params
 
@@ -35,9 +35,12 @@ def pruned(weights: Other, share: float) -> Params:
     ------
     OptionError
         For a share that is none.
+    WeightsError
+        For what is neither a network nor tensors by name.
 
     Examples
     --------
+    >>> import torch
     >>> pruned({"weight": torch.tensor([[3.0, -1.0, 2.0, -4.0]])}, 0.5)["weight"]
     tensor([[ 3.,  0.,  0., -4.]])
     """
@@ -61,15 +64,19 @@ def quantised(weights: Other, bits: int) -> Params:
     Returns
     -------
     Params
-        All tensors by name, detached, as floating-point numbers on the grid.
+        All tensors by name, detached, as floating-point numbers: the points of the grid, rounded to
+        the type of the tensor. Half precision has fewer digits than a grid of more than 11 bits.
 
     Raises
     ------
     OptionError
         For another number of bits.
+    WeightsError
+        For what is neither a network nor tensors by name.
 
     Examples
     --------
+    >>> import torch
     >>> quantised({"weight": torch.tensor([[3.0, -1.0, 1.6, 0.2]])}, 3)["weight"]
     tensor([[ 3., -1.,  2.,  0.]])
     """
@@ -114,20 +121,42 @@ def quantise_tensor(tensor: Tensor, bits: int) -> Tensor:
     Tensor
         Of the same shape.
     """
-    largest = tensor.abs().max() if tensor.numel() else torch.zeros(())
-    if tensor.dim() < 2 or float(largest) == 0:
+    if tensor.dim() < 2 or tensor.numel() == 0:
         return tensor
-    step = largest / (2 ** (bits - 1) - 1)
-    return (tensor / step).round() * step
+    # In double: the step of a tensor in half precision may be 0 there, and a number of steps large.
+    entries = tensor.double()
+    largest = entries.abs().max()
+    if float(largest) == 0:
+        return tensor
+    most = 2 ** (bits - 1) - 1
+    return ((entries / largest * most).round() / most * largest).to(tensor.dtype)
 
 
 def _changed(weights: Other, change: Callable[[Tensor], Tensor]) -> Params:
-    """Apply a change to every floating-point parameter."""
+    """Apply a change to every floating-point parameter.
+
+    Returns
+    -------
+    Params
+        All tensors, detached.
+
+    Raises
+    ------
+    WeightsError
+        For what are no weights.
+    """
     if isinstance(weights, nn.Module):
+        weights = unwrapped(weights)
         left = dict(weights.named_buffers())
         given: Params = {**dict(weights.named_parameters()), **left}
-    else:
+    elif isinstance(weights, Mapping) and all(isinstance(t, Tensor) for t in weights.values()):
         left, given = {}, dict(weights)
+    else:
+        raise WeightsError(
+            f"got {type(weights).__name__}",
+            where="weights",
+            advice="Give a network, or its tensors by name.",
+        )
     return {
         name: change(tensor.detach())
         if tensor.is_floating_point() and name not in left

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -25,6 +25,7 @@ from pushforward.errors import (
 )
 from pushforward.function_space.measure import DistanceMeasure
 from pushforward.function_space.metrics import Metric
+from pushforward.function_space.network import unwrapped
 from pushforward.function_space.penalty import FunctionSpacePenalty
 from pushforward.function_space.task_sequence import TaskSequence
 from pushforward.function_space.tasks import OpenTask, Task, evaluating
@@ -72,23 +73,26 @@ def learn_tasks(
     Parameters
     ----------
     net
-        Trained in place, in training mode.
+        Trained in place, in training mode. One in wrappers, of ``torch.compile`` or for several
+        devices, is trained as it is; what is inside is summarised and kept.
     tasks
         In the order of learning.
     summarise
         ``(net, task) -> measure``, such as ``lambda net, task: pf.summarize(net, task.train)``;
-        called when a task has been learned, with the network in evaluation mode. None: no penalty.
+        called when a task has been learned, with the network itself, without wrappers, in
+        evaluation mode. None: no penalty.
     scale, metric, tasks_per_step, resample
         Of the penalty, see `FunctionSpacePenalty`.
     distance_options
-        What else is passed to ``measure.distance``, such as ``{"estimator": "gaussian"}``.
+        What else is passed to ``measure.distance``, such as ``{"estimator": "gaussian"}``. What has
+        an argument of its own here is refused.
     epochs, batch_size
         Passes over the training data of each task, and examples at a time.
     optimiser
         Trainable parameters -> optimiser. Default: Adam with learning rate 0.001.
     loss
         ``(outputs of the task, targets) ->`` mean over a batch. Integer labels are those among the
-        outputs of the task by then.
+        outputs of the task by then. A number on the graph of the outputs.
     evaluate
         ``(net, task) -> number``. Default: the share of the test data whose largest output, among
         those of the task, is that of the label; it needs integer labels ``(N,)`` and two outputs
@@ -111,12 +115,14 @@ def learn_tasks(
     Raises
     ------
     OptionError
-        For no tasks, options out of range, or what is no measure.
+        For no tasks, options out of range, a loss or a score that is no number, or what is no
+        measure.
     DataError
-        For data that cannot be read, labels outside of the outputs of their task, targets that
-        the loss does not take, or those that are no labels when `evaluate` is not given.
+        For data that cannot be read, or that the network does not take; labels outside of the
+        outputs of their task, targets that the loss does not take, or those that are no labels when
+        `evaluate` is not given.
     NetworkError
-        When a loss is not finite.
+        For what is no network or has nothing to train, and when a loss is not finite.
     WeightsError
         For a folder with the state of another computation, or a measure that `summarise` does not
         give again.
@@ -136,10 +142,10 @@ def learn_tasks(
     >>> found.accuracy.shape
     torch.Size([2, 2])
     """
-    if not tasks:
-        raise OptionError("there are none", where="tasks", advice="Give at least one task.")
+    _require_tasks(tasks)
+    _require_trainable(net)
     epochs, batch_size = whole_number(epochs, "epochs"), whole_number(batch_size, "batch_size")
-    options = distance_options or {}
+    options = _distance_options(distance_options)
     penalty = FunctionSpacePenalty(
         scale=scale,
         metric=metric,
@@ -149,7 +155,8 @@ def learn_tasks(
         **options,
     )
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
-    opened = [OpenTask.of(task, number, net, device) for number, task in enumerate(tasks)]
+    inner = unwrapped(net)
+    opened = [OpenTask.of(task, number, inner, device) for number, task in enumerate(tasks)]
     if evaluate is None:
         for task in opened:
             task.require_classes()
@@ -162,7 +169,7 @@ def learn_tasks(
         "batch_size": batch_size,
         "loss": _named(loss),
         "penalty": None if summarise is None else repr(penalty),
-        "net": fingerprint(_tensors(net)),
+        "net": fingerprint(_tensors(inner)),
         "tasks": [task.identity for task in opened],
     }
     learner = _Learner(net, opened, summarise, penalty, optimiser_of_all, loss, evaluate, settings)
@@ -170,6 +177,67 @@ def learn_tasks(
     with track(len(tasks) * epochs, "Learning tasks", enabled=progress) as advance:
         learner.run(store, advance)
     return learner.result()
+
+
+def _require_tasks(tasks: object) -> None:
+    advice = "Give a list of Task(train, test), at least one."
+    if not isinstance(tasks, Sequence):
+        raise OptionError(f"got {type(tasks).__name__}", where="tasks", advice=advice)
+    if not tasks:
+        raise OptionError("there are none", where="tasks", advice=advice)
+    for number, task in enumerate(tasks):
+        if not isinstance(task, Task):
+            raise OptionError(
+                f"number {number} is {type(task).__name__}, no Task", where="tasks", advice=advice
+            )
+
+
+def _require_trainable(net: object) -> None:
+    if not isinstance(net, nn.Module):
+        raise NetworkError(
+            f"got {type(net).__name__}", where="net", advice="Pass a torch.nn.Module."
+        )
+    if not any(p.requires_grad for p in net.parameters()):
+        raise NetworkError(
+            "none of its parameters is trained",
+            where="net",
+            advice="Leave some of them trainable: net.requires_grad_(True).",
+        )
+
+
+def _distance_options(given: object) -> dict[str, Any]:
+    """Options of distances, without those of the penalty.
+
+    Returns
+    -------
+    dict
+        By name.
+
+    Raises
+    ------
+    OptionError
+        For what has a name of its own in `learn_tasks`.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise OptionError(
+            f"got {type(given).__name__}",
+            where="distance_options",
+            advice='Give options by name, such as {"estimator": "gaussian"}.',
+        )
+    places = {
+        **{name: f"{name}=" for name in ("scale", "metric", "tasks_per_step", "resample", "seed")},
+        "outputs": "Task(..., outputs=)",
+    }
+    for name in given:
+        if name in places:
+            raise OptionError(
+                f"{name!r} is no option of distances alone",
+                where="distance_options",
+                advice=f"Give it as {places[name]}.",
+            )
+    return dict(given)
 
 
 class _Learner:
@@ -186,12 +254,14 @@ class _Learner:
         evaluate: Callable[[nn.Module, Task], float] | None,
         settings: dict[str, Any],
     ) -> None:
-        self.net, self.tasks, self.summarise, self.penalty = net, tasks, summarise, penalty
+        # What is trained, perhaps in wrappers, and what is inside.
+        self.net, self.inner = net, unwrapped(net)
+        self.tasks, self.summarise, self.penalty = tasks, summarise, penalty
         self.loss, self.evaluate = loss, evaluate
         self.seed, self.epochs = settings["seed"], settings["epochs"]
         self.batch_size = settings["batch_size"]
         self.optimiser = optimiser
-        self.initial = {name: tensor.clone() for name, tensor in _tensors(net).items()}
+        self.initial = {name: tensor.clone() for name, tensor in _tensors(self.inner).items()}
         count = len(tasks)
         self.finished = 0  # epochs, over all tasks
         self.measured = 0  # tasks with a column of accuracies
@@ -227,7 +297,7 @@ class _Learner:
                 self.distances.append(self.keep(task))
                 self.summary_seconds[number] = perf_counter() - start
                 if store is not None:
-                    store.save_past(number, self.net)
+                    store.save_past(number, self.inner)
             if store is not None:
                 store.save(self)
 
@@ -251,6 +321,7 @@ class _Learner:
                 sums, count = sums.to(pair) + len(batch) * pair, count + len(batch)
         means = (sums / count).tolist()
         if not all(map(_is_finite, means)):
+            self.require_labels(number, epoch)
             raise NetworkError(
                 f"the loss is {means[0]:g} and the penalty {means[1]:g}",
                 where=f"{task.name}, epoch {epoch + 1}",
@@ -259,9 +330,28 @@ class _Learner:
         self.losses[number].append(means[0])
         self.penalties[number].append(means[1])
 
+    def require_labels(self, number: int, epoch: int) -> None:
+        """Refuse batches without a label: the mean over nothing is no fault of the training.
+
+        Raises
+        ------
+        DataError
+            When an epoch had one.
+        """
+        task = self.tasks[number]
+        order = stream(self.seed, "continual learning", "order", number, epoch)
+        for batch in task.train.minibatches(self.batch_size, order):
+            if task.labels_are_ignored(batch):
+                raise DataError(
+                    f"the labels of a whole batch of {len(batch)} are below 0, which cross-entropy "
+                    "leaves out: the mean over it is no number",
+                    where=task.train.name,
+                    advice="Leave out examples without a label, or use larger batches.",
+                )
+
     def loss_on(self, outputs: Tensor, targets: Tensor, task: OpenTask) -> Tensor:
         try:
-            return self.loss(outputs, targets)
+            found: Any = self.loss(outputs, targets)
         except PushforwardError:
             raise
         except (RuntimeError, ValueError, IndexError) as error:
@@ -274,10 +364,32 @@ class _Learner:
                 advice="Give targets that it takes; cross-entropy wants integer labels (N,) below "
                 "the number of outputs.",
             ) from error
+        if not isinstance(found, Tensor):
+            what = type(found).__name__
+        elif found.dim() > 0:
+            what = f"a tensor of shape {tuple(found.shape)}"
+        elif not found.requires_grad:
+            what = "a number that does not depend on what is trained"
+        else:
+            return found
+        raise OptionError(
+            f"it returned {what}",
+            where="loss",
+            advice='Return the mean over the batch (reduction="mean"), computed from the outputs '
+            "by torch.",
+        )
 
     def score(self, task: OpenTask) -> float:
         if self.evaluate is not None:
-            return float(self.evaluate(self.net, task.given))
+            value: Any = self.evaluate(self.net, task.given)
+            try:
+                return float(value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise OptionError(
+                    f"it returned {value!r:.80}",
+                    where="evaluate",
+                    advice="Return one number, the score of the network on the task.",
+                ) from error
         return task.accuracy(self.net)
 
     def keep(self, task: OpenTask) -> float:
@@ -285,7 +397,7 @@ class _Learner:
         assert self.summarise is not None
         number = len(self.penalty)
         with evaluating(self.net), _global_seed(self.net, self.seed, "summary", number):
-            measure = self.summarise(self.net, task.given)
+            measure = self.summarise(self.inner, task.given)
         self.penalty.add(measure, outputs=task.given.outputs)
         options = dict(self.penalty.options)
         if self.penalty.metric is not None:
@@ -296,16 +408,16 @@ class _Learner:
 
     def recall(self, store: _Store) -> None:
         """Make the measures of the past tasks again, from the weights of then."""
-        now = {name: tensor.clone() for name, tensor in _tensors(self.net).items()}
+        now = {name: tensor.clone() for name, tensor in _tensors(self.inner).items()}
         for number, known in enumerate(self.distances):
-            _load(self.net, store.load_past(number))
+            _load(self.inner, store.load_past(number))
             if self.keep(self.tasks[number]) != known:
                 raise WeightsError(
                     f"summarise does not give the measure of {self.tasks[number].name} again",
                     where="checkpoint",
                     advice="Go on with the same function, and give what it draws a fixed seed.",
                 )
-        _load(self.net, now)
+        _load(self.inner, now)
 
     def result(self) -> TaskSequence:
         kept = [getattr(past.measure, "num_bytes", 0) for past in self.penalty.past]
@@ -332,7 +444,7 @@ class _Store:
 
     def save(self, learner: _Learner) -> None:
         optimiser = learner.optimiser.state_dict()
-        tensors = {f"net.{name}": tensor for name, tensor in _tensors(learner.net).items()}
+        tensors = {f"net.{name}": tensor for name, tensor in _tensors(learner.inner).items()}
         numbers: dict[str, dict[str, Any]] = {}
         for index, values in optimiser["state"].items():
             for name, value in values.items():
@@ -350,7 +462,7 @@ class _Store:
         if loaded is None:
             return False
         tensors, state = loaded
-        _load(learner.net, _under("net.", tensors))
+        _load(learner.inner, _under("net.", tensors))
         optimiser = learner.optimiser.state_dict()
         values: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in state["optimiser"].items()}
         for path, tensor in _under("optimiser.", tensors).items():

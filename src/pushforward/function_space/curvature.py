@@ -19,7 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pushforward.errors import NetworkError, OptionError, ResourceError, ShapeError
+from pushforward.function_space.answers import check_options
 from pushforward.function_space.baselines.curvature import check_damping
+from pushforward.function_space.baselines.passes import full_precision
 from pushforward.function_space.damped_solve import SolveMethod, Solver
 from pushforward.function_space.measure import DistanceMeasure
 from pushforward.function_space.metrics import Metric, check_metric
@@ -106,7 +108,7 @@ class GaussNewton:
         outputs
             Outputs to look at; default all.
         estimator
-            Of a summary; default its own.
+            Of a summary; default its own. Baselines have none.
 
         Returns
         -------
@@ -116,7 +118,8 @@ class GaussNewton:
         Raises
         ------
         OptionError
-            For what measures no distance, an unknown metric, or a subset that matches nothing.
+            For what measures no distance, an unknown metric, an option that its distance does not
+            take, or a subset that matches nothing.
         NetworkError
             When the distance does not change with the weights at all, or its Hessian is not finite.
         """
@@ -136,6 +139,7 @@ class GaussNewton:
             options["outputs"] = outputs
         if estimator is not None:
             options["estimator"] = estimator
+        check_options(measure, ("metric", *options))
         probe = torch.randn(
             space.size, 1, generator=stream(0, "function_space", "curvature"), dtype=torch.float64
         ).to(reference.device)
@@ -226,7 +230,9 @@ class GaussNewton:
                 advice=f"Pass them as columns: ({self.space.size}, k).",
             )
         rows = vectors.T.to(self.point)
-        found = self._differenced(rows) if self.differences else self._differentiated(rows)
+        # A measure guards its own way forward; the way back is here.
+        with full_precision(self.reference.device):
+            found = self._differenced(rows) if self.differences else self._differentiated(rows)
         return found.T
 
     def dense(self, progress: bool | None = False) -> Float[Tensor, "P P"]:
@@ -363,7 +369,7 @@ class GaussNewton:
         try:
             with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
                 self._open_gradient()
-        except RuntimeError:  # function transforms do not let their tensors be seen
+        except (RuntimeError, NetworkError):  # function transforms hide their tensors
             return _UNKNOWN_BLOCK
         return max(1, min(_LARGEST_BLOCK, _BACKWARD_BYTES // max(1, sum(saved.values()))))
 

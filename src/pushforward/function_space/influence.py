@@ -47,11 +47,12 @@ from pushforward.function_space.measure import DistanceMeasure
 from pushforward.function_space.metrics import Metric
 from pushforward.function_space.network import ReferenceNetwork
 from pushforward.networks.data import Examples
-from pushforward.options import choice, whole_number
+from pushforward.options import choice, number, whole_number
 from pushforward.runs.estimate import Check, Cost
 from pushforward.runs.progress import Advance, track
 
 __all__ = [
+    "check_search",
     "influence",
     "known_size",
     "self_influence",
@@ -125,8 +126,9 @@ def influence(
     Raises
     ------
     OptionError
-        For an unknown loss, effect or metric, damping that is not positive, or an unknown number
-        of training examples; when the damped curvature is not positive definite.
+        For an unknown loss, effect or metric, damping, a tolerance or steps that are not positive,
+        or an unknown number of training examples; when the damped curvature is not positive
+        definite.
     ResourceError
         If the scores would take more than 8 GiB.
 
@@ -151,6 +153,7 @@ def influence(
     """
     begun = perf_counter()
     choice(effect, "effect", get_args(Effect))
+    tolerance, max_steps = check_search(tolerance, max_steps)
     # Data that do not fit the loss are refused before a curvature that says nothing of them is.
     queries = _opened(measure, queries, loss, metric, "queries")
     examples = _opened(measure, examples, loss, metric, "examples")
@@ -219,6 +222,7 @@ def self_influence(
         If a score comes out negative, which only a measure's own solve can do.
     """
     begun = perf_counter()
+    tolerance, max_steps = check_search(tolerance, max_steps)
     examples = _opened(measure, examples, loss, metric, "examples")
     curvature = _curvature_of(measure, loss, metric, subset, estimator)
     gradients = ExampleGradients(curvature.reference, curvature.space, loss)
@@ -373,20 +377,43 @@ def training_size(measure: Any, given: int | None) -> int:
     OptionError
         If nobody knows, or the number is none.
     """
-    number = known_size(measure) if given is None else given
-    if number is None:
+    size = known_size(measure) if given is None else given
+    if size is None:
         raise OptionError(
             f"{type(measure).__name__} does not know how many training examples there were",
             where="num_examples",
             advice="Give num_examples: scores are for removing one out of so many.",
         )
-    return whole_number(number, "num_examples")
+    return whole_number(size, "num_examples")
 
 
 def known_size(measure: Any) -> int | None:
     """How many examples a measure was made from, if it says so."""
-    number = getattr(measure, "num_examples", None)
-    return None if number is None else int(number)
+    size = getattr(measure, "num_examples", None)
+    return None if size is None else int(size)
+
+
+def check_search(tolerance: float, max_steps: int) -> tuple[float, int]:
+    """When a search stops, looked at before anything is computed.
+
+    Parameters
+    ----------
+    tolerance
+        Positive.
+    max_steps
+        At least 1.
+
+    Returns
+    -------
+    tuple
+        Both, as plain numbers.
+
+    Raises
+    ------
+    OptionError
+        For what is none.
+    """
+    return number(tolerance, "tolerance", above=0), whole_number(max_steps, "max_steps")
 
 
 def _num_outputs(gradients: ExampleGradients, examples: Examples) -> int:

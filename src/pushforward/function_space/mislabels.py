@@ -22,7 +22,7 @@ from pushforward.function_space.baselines.curvature import check_damping
 from pushforward.function_space.baselines.passes import inputs_for
 from pushforward.function_space.damped_solve import SolveMethod
 from pushforward.function_space.example_gradients import Loss, metric_of, open_examples
-from pushforward.function_space.influence import known_size, self_influence
+from pushforward.function_space.influence import check_search, known_size, self_influence
 from pushforward.function_space.measure import DistanceMeasure
 from pushforward.function_space.metrics import Metric
 from pushforward.function_space.network import ReferenceNetwork
@@ -188,7 +188,14 @@ class WrongLabels:
         """
         from pushforward.linearised_laplace.calibration import auroc
 
-        wrong = torch.as_tensor(is_wrong).cpu()
+        try:
+            wrong = torch.as_tensor(is_wrong).cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ShapeError(
+                f"got {type(is_wrong).__name__}",
+                where="is_wrong",
+                advice="Give True or False for each example.",
+            ) from error
         if tuple(wrong.shape) != (len(self),) or wrong.dtype != torch.bool:
             raise ShapeError(
                 f"{wrong.dtype} of shape {tuple(wrong.shape)} for {len(self)} examples",
@@ -288,6 +295,8 @@ def find_wrong_labels(
 
     Raises
     ------
+    OptionError
+        For what measures no distance, and options out of range.
     WeightsError
         When the measure is of another network than `net`.
     DataError
@@ -318,6 +327,16 @@ def find_wrong_labels(
     begun = perf_counter()
     damping = check_damping(damping)
     metric_of(loss, metric)
+    tolerance, max_steps = check_search(tolerance, max_steps)
+    if measure is not None and not isinstance(
+        getattr(measure, "reference", None), ReferenceNetwork
+    ):
+        raise OptionError(
+            f"{type(measure).__name__} measures no distance from a reference",
+            where="measure",
+            advice="Pass what pf.summarize returned, or one of the baselines; inputs and labels "
+            "are one argument, data=(inputs, labels).",
+        )
     reference = ReferenceNetwork.of(net, ()) if measure is None else measure.reference
     examples = open_examples(reference, data, loss, "data")
     if measure is None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
+from inspect import signature
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeAlias
 
 import torch
@@ -15,15 +18,33 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from pushforward.errors import NetworkError, ShapeError, WeightsError
+from pushforward.networks.batches import Inputs as Columns
+from pushforward.networks.batches import Table
+from pushforward.networks.data import Examples
 from pushforward.networks.graph import NetworkGraph, read_network
 from pushforward.networks.model import FunctionalModel, Inputs
+from pushforward.networks.problem import check_problem
 from pushforward.networks.tracing import trace
 from pushforward.typing import Params
 
-__all__ = ["Other", "ReferenceNetwork"]
+__all__ = ["Other", "ReferenceNetwork", "require_finite_outputs", "unwrapped"]
 
 Other: TypeAlias = nn.Module | Mapping[str, Tensor]
 """Other weights of the same architecture: a module, or its tensors by name."""
+
+_ONE_ARCHITECTURE = "A distance is between two sets of weights of one architecture."
+_PASSED_BY = (nn.modules.dropout._DropoutNd, nn.Identity)  # in evaluation mode
+_PASSED_BY_ELSEWHERE = ("DropPath", "StochasticDepth")
+# Options of torch's modules that do not count in evaluation mode at given weights.
+_OF_TRAINING = frozenset(
+    (
+        *("p", "dropout", "inplace", "momentum", "process_group", "init"),
+        *("sparse", "scale_grad_by_freq"),
+    )
+)
+_OF_TRAINING_TOLD = re.compile(r"(^|, )(drop\w*|inplace|momentum)=[^,]*")
+_FUNCTION = (FunctionType, BuiltinFunctionType)
+_PLAIN = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +52,8 @@ class ReferenceNetwork:
     """A frozen copy of a network, called with its own weights or with those of others.
 
     The copy is always in evaluation mode: a distance between functions has no dropout, and
-    BatchNorm uses the running statistics of each set of weights.
+    BatchNorm uses the running statistics of each set of weights. It can be pickled wherever its
+    modules can.
 
     Parameters
     ----------
@@ -54,7 +76,8 @@ class ReferenceNetwork:
         Parameters
         ----------
         net
-            A module; it stays as it is, also in training mode.
+            A module; it stays as it is, also in training mode. Wrappers are looked through, see
+            `unwrapped`.
         event_shape
             Shape of one input example.
 
@@ -66,19 +89,26 @@ class ReferenceNetwork:
         Raises
         ------
         NetworkError
-            For what is no module, or weights that are not finite.
+            For what is no module, one without parameters, and weights that are complex or not
+            finite.
         """
         if not isinstance(net, nn.Module):
             raise NetworkError(
                 f"got {type(net).__name__}", where="net", advice="Pass a torch.nn.Module."
             )
-        module = copy.deepcopy(net).eval().requires_grad_(False)
+        module = copy.deepcopy(unwrapped(net)).eval().requires_grad_(False)
         reference = cls(module, tuple(event_shape))
-        if not reference.tensors:
+        if not reference.parameter_names:
             raise NetworkError("it has no weights", where="net", advice="Pass a trained network.")
+        # Buffers may be complex, such as the rotations of positions.
+        _require_real({name: reference.tensors[name] for name in reference.parameter_names}, "net")
         _require_finite(reference.tensors, "net")
         _ = reference._function  # refuses normalisation by the batch
         return reference
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is made when it is needed holds functions of functions, which cannot be pickled.
+        return {name: getattr(self, name) for name in ("module", "event_shape", "output_shape")}
 
     @cached_property
     def tensors(self) -> Params:
@@ -118,7 +148,15 @@ class ReferenceNetwork:
 
     @cached_property
     def _function(self) -> FunctionalModel:
-        return FunctionalModel.of(self.module)
+        # Its uncertain parameters are of one type. Those of another count as frozen there, but
+        # calls replace them as well.
+        first = next((p for p in self.module.parameters() if p.is_floating_point()), None)
+        names = [
+            name
+            for name, p in self.module.named_parameters()
+            if first is None or (p.dtype, p.device) == (first.dtype, first.device)
+        ]
+        return FunctionalModel.of(self.module, names)
 
     @cached_property
     def architecture(self) -> str:
@@ -128,8 +166,20 @@ class ReferenceNetwork:
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
         return digest.hexdigest()
 
+    @cached_property
+    def _parts(self) -> dict[str, tuple[Any, ...]]:
+        return _described(self.module)
+
     def tensors_of(self, other: Other) -> Params:
         """Weights of a network of the same architecture.
+
+        Distances call the reference with these weights, so a module has to compute the same: its
+        parts have to be of classes of the same names, with the same options as far as constructors
+        of torch's modules, functions among the attributes, and ``extra_repr`` tell. What counts in
+        training alone does not matter (mode, dropout and its rates, momentum of running statistics,
+        work in place), nor do wrappers (see `unwrapped`). What a forward of one's own reads
+        elsewhere is not seen. A subclass counts as another class even if it changes nothing: give
+        its tensors by name.
 
         Parameters
         ----------
@@ -144,8 +194,11 @@ class ReferenceNetwork:
         Raises
         ------
         WeightsError
-            When names or shapes are not those of the reference, or entries are not finite.
+            When names, shapes or modules are not those of the reference.
+        NetworkError
+            When entries are not finite, or complex where those of the reference are real.
         """
+        other = unwrapped(other) if isinstance(other, nn.Module) else other
         if not isinstance(other, nn.Module | Mapping) or any(
             not isinstance(t, Tensor)
             for t in (other.values() if isinstance(other, Mapping) else ())
@@ -172,7 +225,7 @@ class ReferenceNetwork:
             raise WeightsError(
                 f"its weights are not those of {type(self.module).__name__}: {', '.join(odd)}",
                 where="other",
-                advice="A distance is between two sets of weights of one architecture.",
+                advice=_ONE_ARCHITECTURE,
             )
         for name, own in self.tensors.items():
             if given[name].shape != own.shape:
@@ -180,10 +233,36 @@ class ReferenceNetwork:
                     f"{name!r} has shape {tuple(given[name].shape)}, in the reference "
                     f"{tuple(own.shape)}",
                     where="other",
-                    advice="A distance is between two sets of weights of one architecture.",
+                    advice=_ONE_ARCHITECTURE,
                 )
+        if isinstance(other, nn.Module):
+            self._require_same_modules(other)
+        reals = {name: given[name] for name, own in self.tensors.items() if not own.is_complex()}
+        _require_real(reals, "other")
         _require_finite(given, "other")
         return {name: given[name].to(self.device) for name in self.tensors}
+
+    def _require_same_modules(self, other: nn.Module) -> None:
+        """The same names and shapes of tensors do not make the same function.
+
+        Raises
+        ------
+        WeightsError
+            With the first module that differs.
+        """
+        own, given = self._parts, _described(other)
+        if own == given:
+            return
+        name = next(n for n in (*own, *given) if own.get(n) != given.get(n))
+        one, two = _told(given.get(name)), _told(own.get(name))
+        raise WeightsError(
+            f"its module {name!r} is {one}, in the reference {two}"
+            if name
+            else f"it is a {one}, the reference a {two}",
+            where="other",
+            advice=f"{_ONE_ARCHITECTURE} Where both compute the same, give the tensors by name: "
+            "net.state_dict().",
+        )
 
     def _without_aliases(self, other: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Without the second names that a state dict has for tied weights, where they agree."""
@@ -235,8 +314,8 @@ class ReferenceNetwork:
             rows: Tensor = self._function(tensors, inputs)
         return rows.flatten(1)
 
-    def seen_on(self, inputs: Inputs) -> ReferenceNetwork:
-        """The same network with the shape of its outputs.
+    def predict(self, inputs: Columns) -> Float[Tensor, "B K"]:
+        """Outputs at its own weights, of inputs that it may not take.
 
         Parameters
         ----------
@@ -245,12 +324,67 @@ class ReferenceNetwork:
 
         Returns
         -------
+        Tensor
+            ``(B, K)``, without a gradient.
+
+        Raises
+        ------
+        NetworkError
+            When it cannot take these inputs.
+        ShapeError
+            When the outputs have not one row for each example.
+        """
+        with torch.autocast(device_type=self.device.type, enabled=False):
+            rows = self._function.predict(inputs)
+        self._require_rows(rows, len(Table(inputs, None)))
+        return rows.flatten(1)
+
+    def seen_on(self, inputs: Columns) -> ReferenceNetwork:
+        """The same network with the shape of its outputs, after a look at whether it is a function.
+
+        Parameters
+        ----------
+        inputs
+            A few examples: with one alone it is not seen whether they are mixed.
+
+        Returns
+        -------
         ReferenceNetwork
             Its outputs are ``(K,)``, or have several axes, which `outputs` joins into one.
+
+        Raises
+        ------
+        NetworkError
+            When it cannot take these inputs, or outputs are no real numbers or not finite.
+        ShapeError
+            When the outputs have not one row for each example.
+        DataError
+            When outputs change from call to call, or depend on other examples of the batch.
         """
-        with torch.no_grad():
-            shape = tuple(self._function(self.tensors, inputs).shape[1:])
-        return replace(self, output_shape=shape)
+        count = len(Table(inputs, None))
+        # A placeholder for targets tells a tuple of inputs from inputs with targets.
+        examples = Examples.read((inputs, torch.zeros(count)), device=self.device)
+
+        with torch.autocast(device_type=self.device.type, enabled=False):
+            rows = self._function.predict(inputs)
+            self._require_rows(rows, count)
+            if not rows.is_floating_point():
+                raise NetworkError(
+                    f"its outputs are {rows.dtype}",
+                    where=self._function.name,
+                    advice="Return real numbers, such as logits in place of classes.",
+                )
+            require_finite_outputs(rows)
+            check_problem(self._function, examples)
+        return replace(self, output_shape=tuple(rows.shape[1:]))
+
+    def _require_rows(self, rows: Tensor, count: int) -> None:
+        if len(rows) != count:
+            raise ShapeError(
+                f"{len(rows)} rows of outputs for {count} examples",
+                where=self._function.name,
+                advice="The first axis of the outputs has to be that of the examples.",
+            )
 
     def unchanged(self, tensors: Params) -> bool:
         """Whether every entry is that of the reference, bit for bit."""
@@ -266,6 +400,118 @@ class _GraphReader(nn.Module):
 
     def forward(self, event_shape: tuple[int, ...], traced: fx.Graph) -> Any:
         return read_network(self.inner, event_shape, traced)
+
+
+def unwrapped(net: nn.Module) -> nn.Module:
+    """The module itself, with the names that it has without wrappers.
+
+    Parameters
+    ----------
+    net
+        A module; that of ``torch.compile``, `torch.nn.DataParallel` and
+        `torch.nn.parallel.DistributedDataParallel` is looked through, however often wrapped. A
+        compiled part of a network is not.
+
+    Returns
+    -------
+    torch.nn.Module
+        The innermost; `net` itself if it is bare.
+    """
+    while True:
+        inner = getattr(net, "_orig_mod", None)  # of torch.compile
+        if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = net.module
+        if not isinstance(inner, nn.Module):
+            return net
+        net = inner
+
+
+def _described(net: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """What each module computes by its path, as far as it can be told: its class and its options.
+
+    Returns
+    -------
+    dict
+        Without the modules that do nothing in evaluation mode.
+    """
+    found = {}
+    # A module that is used twice does as two that are alike do.
+    for path, module in net.named_modules(remove_duplicate=False):
+        kind: Any = type(module)
+        if kind.__module__ == "torch.nn.utils.parametrize" and hasattr(module, "parametrizations"):
+            kind = kind.__mro__[1]  # each parametrised module has a class of its own
+        name, of_torch = kind.__name__, kind.__module__.startswith("torch.nn.")
+        if isinstance(module, _PASSED_BY) or name in _PASSED_BY_ELSEWHERE:
+            continue
+        if of_torch and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            name = "BatchNorm"  # with the statistics of several processes or one
+        own = vars(module)
+        if of_torch:
+            told, names = "", [option for option in _options(kind) if option in own]
+        else:
+            # Numbers and words of a class of one's own may be counters, if it does not tell them.
+            told = _OF_TRAINING_TOLD.sub("", module.extra_repr())
+            names = [
+                option
+                for option, value in own.items()
+                if isinstance(value, _FUNCTION) and option != "_compiled_call_impl"
+            ]
+        options = [(option, _comparable(own[option])) for option in names]
+        found[path] = (name, told, options)
+    return found
+
+
+@cache
+def _options(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names of what a class of torch is made with."""
+    made = [vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base)]
+    made_with = {name for function in made for name in signature(function).parameters}
+    return tuple(sorted(made_with - _OF_TRAINING))
+
+
+def _comparable(value: Any) -> Any:
+    """An option as it comes from every copy of a module; functions by name, None for an object."""
+    if isinstance(value, _FUNCTION):
+        if value.__name__ == "<lambda>" and isinstance(value, FunctionType):
+            return f"lambda of {', '.join(value.__code__.co_names)}"
+        return value.__name__
+    if isinstance(value, tuple | list):
+        return tuple(map(_comparable, value))
+    return value if isinstance(value, _PLAIN) else None
+
+
+def _told(module: tuple[Any, ...] | None) -> str:
+    """A module from `_described` in a message."""
+    if module is None:
+        return "missing"
+    name, told, options = module
+    return f"{name}({', '.join((told,) * bool(told) + tuple(f'{n}={v!r}' for n, v in options))})"
+
+
+def _require_real(tensors: Mapping[str, Tensor], where: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_complex():
+            raise NetworkError(
+                f"{name!r} is complex",
+                where=where,
+                advice="Keep real and imaginary parts as two real parameters.",
+            )
+
+
+def require_finite_outputs(rows: Float[Tensor, "B *event"]) -> None:
+    """Refuse outputs whose distances would be no numbers.
+
+    Raises
+    ------
+    NetworkError
+        When their squares are not finite.
+    """
+    if not bool(torch.isfinite(rows.double().square().sum())):
+        raise NetworkError(
+            "its outputs are not finite, or too large to be squared",
+            where="net",
+            advice="Look at the network and at the scale of its inputs.",
+        )
 
 
 def _require_finite(tensors: Mapping[str, Tensor], where: str) -> None:

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pushforward.errors import OptionError, WeightsError
+from pushforward.errors import NetworkError, OptionError, WeightsError
 from pushforward.function_space.measure import DistanceMeasure
 from pushforward.function_space.metrics import Metric, check_metric
-from pushforward.function_space.network import ReferenceNetwork
+from pushforward.function_space.network import ReferenceNetwork, unwrapped
 from pushforward.options import number, whole_number
 from pushforward.runs.rng import derived_seed, stream
 
@@ -178,7 +178,7 @@ class FunctionSpacePenalty(nn.Module):
         ----------
         net
             The network in training; wrappers for several processes and compiled modules are
-            looked through.
+            looked through, as they are where past tasks are measured.
 
         Returns
         -------
@@ -190,12 +190,21 @@ class FunctionSpacePenalty(nn.Module):
         ------
         WeightsError
             For a network of another architecture.
+        NetworkError
+            For what is no module.
         """
-        net = _unwrapped(net)
+        if not isinstance(net, nn.Module):
+            raise NetworkError(
+                f"got {type(net).__name__}",
+                where="net",
+                advice="Pass the torch.nn.Module in training, not its weights.",
+            )
+        net = unwrapped(net)
         like = next(iter(net.parameters()), torch.zeros(()))
         if not self._past:
             # A leaf, so that even the backward pass of the penalty alone is one.
-            return torch.zeros((), dtype=like.dtype, device=like.device, requires_grad=True)
+            kind = torch.promote_types(like.dtype, torch.float32)  # as distances have it
+            return torch.zeros((), dtype=kind, device=like.device, requires_grad=True)
         numbers, seed = list(range(len(self._past))), None
         if self.training:
             generator = stream(self._seed, "function-space penalty", "tasks", self._calls)
@@ -273,14 +282,3 @@ class FunctionSpacePenalty(nn.Module):
         }
         shown = ", ".join(f"{n}={v!r}" for n, v in options.items() if v is not None)
         return f"{shown}; {len(self)} past tasks"
-
-
-def _unwrapped(net: nn.Module) -> nn.Module:
-    """The module whose parameters have the names of the reference."""
-    while True:
-        inner = getattr(net, "_orig_mod", None)  # of torch.compile
-        if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = net.module
-        if not isinstance(inner, nn.Module):
-            return net
-        net = inner

@@ -13,7 +13,9 @@ outputs, always holds it. The check ``bounded`` tells.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from time import perf_counter
 from typing import Any, Literal, get_args
 
@@ -22,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pushforward.errors import OptionError, ShapeError
+from pushforward.errors import DataError, OptionError, ShapeError
 from pushforward.function_space.curvature import GaussNewton
 from pushforward.function_space.damped_solve import Solver
 from pushforward.function_space.example_gradients import (
@@ -31,13 +33,15 @@ from pushforward.function_space.example_gradients import (
     metric_of,
     open_examples,
 )
-from pushforward.function_space.influence import training_size
+from pushforward.function_space.influence import check_search, training_size
 from pushforward.function_space.measure import DistanceMeasure
 from pushforward.function_space.metrics import Metric
 from pushforward.function_space.network import ReferenceNetwork
+from pushforward.networks.batches import to_tensor
 from pushforward.networks.data import Batch, Examples
 from pushforward.options import choice
 from pushforward.runs.estimate import Check, Cost, Status, to_jsonable, worst_status
+from pushforward.runs.progress import Advance, track
 from pushforward.typing import Params
 
 __all__ = ["ProximalResponse", "Removal", "proximal_response"]
@@ -130,6 +134,16 @@ class ProximalResponse:
         """
         return to_jsonable(self)
 
+    def __repr__(self) -> str:
+        lines = [
+            f"ProximalResponse: the weights moved by {float(self.displacement.norm()):.3g}, "
+            f"{float(self.linear.norm()):.3g} when linearised, in {self.iterations} iterations",
+            f"  {self.method}",
+            f"  cost: {self.cost}",
+        ]
+        lines += [f"  {check}" for check in self.checks if check.status != "pass"]
+        return "\n".join(lines)
+
     @torch.no_grad()
     def _changes(self, queries: Any, values: Any) -> Tensor:
         examples = self._gradients.open(queries, "queries")
@@ -150,6 +164,7 @@ def proximal_response(
     solver: Solver[GaussNewton] | None = None,
     tolerance: float = 1e-6,
     max_steps: int = 500,
+    progress: bool | None = None,
 ) -> ProximalResponse:
     """Minimise the proximal objective without one example, by L-BFGS in float64.
 
@@ -158,7 +173,8 @@ def proximal_response(
     measure
         A distance from the trained network.
     example
-        ``(inputs, target)`` of a single example, with or without an axis of batches of length 1.
+        ``(inputs, target)`` of a single example, tensors or NumPy arrays, with or without an axis
+        of batches of length 1.
     loss
         As in `influence`.
     damping
@@ -176,10 +192,12 @@ def proximal_response(
         From ``GaussNewton.of(measure, ...).solver(damping)``, when several examples are removed:
         its factorisation is then made once. It also sets the parameters that move.
     tolerance
-        Of the displacement, relative: the search stops when gradients have fallen by so much, or
-        when a step gains no more than its square.
+        Of the displacement, relative and positive: the search stops when gradients have fallen by
+        so much, or when a step gains no more than its square.
     max_steps
-        Of L-BFGS.
+        Of L-BFGS; at least 1.
+    progress
+        True or False to show a bar or not; None on a terminal only.
 
     Returns
     -------
@@ -189,10 +207,16 @@ def proximal_response(
     Raises
     ------
     OptionError
-        For an unknown `removal`, loss or metric, or bad damping.
+        For an unknown `removal`, loss or metric, bad damping, a tolerance or steps that are not
+        positive.
+    ShapeError
+        For more than one example, or one of another shape than the network takes.
+    DataError
+        For an example that cannot be read, or whose target the loss does not take.
     """
     begun = perf_counter()
     choice(removal, "removal", get_args(Removal))
+    tolerance, max_steps = check_search(tolerance, max_steps)
     # An example that does not fit the loss is refused before a curvature that says nothing of it.
     reference = getattr(measure, "reference", None)
     if isinstance(reference, ReferenceNetwork):
@@ -219,7 +243,9 @@ def proximal_response(
         removal,
         training_size(measure, num_examples),
     )
-    found = search.run(tolerance, max_steps)
+    solver.prepare(progress)
+    with track(None, "Proximal response", enabled=progress) as advance:
+        found = search.run(tolerance, max_steps, advance)
     linear = search.linear
     return ProximalResponse(
         curvature.tensors_at(curvature.point + found.displacement),
@@ -266,7 +292,7 @@ class _Search:
     def _factor(self) -> Tensor | None:
         return self.solver.factor if self.solver.method == "cholesky" else None
 
-    def run(self, tolerance: float, max_steps: int) -> _Found:
+    def run(self, tolerance: float, max_steps: int, advance: Advance) -> _Found:
         """Minimise from the reference, and start afresh from where the search stops."""
         from scipy.optimize import minimize
 
@@ -284,12 +310,19 @@ class _Search:
         first = unit**-0.5
         start = value = objective(position)[0]
         last, gain, steps, calls = first, 1.0, 0, 2
+        made = count(1)
+
+        def watch(xk: Any) -> None:  # SciPy asks for this name
+            del xk
+            advance(1, f"{next(made)} steps")
+
         for _ in range(_STARTS):
             found = minimize(
                 objective,
                 position,
                 jac=True,
                 method="L-BFGS-B",
+                callback=watch,
                 options={
                     "maxiter": max_steps - steps,
                     "maxfun": 10 * max_steps,
@@ -340,16 +373,20 @@ class _Search:
 
 
 def _single(reference: ReferenceNetwork, loss: Loss, example: Any) -> Examples:
-    shape = reference.event_shape
+    """Open one example, whose axis of batches may be missing."""
     if not isinstance(example, tuple | list) or len(example) != 2:
         raise ShapeError(
             f"got {type(example).__name__}",
             where="example",
             advice="Give (inputs, target) of one example.",
         )
-    inputs, target = example[0], torch.as_tensor(example[1])
-    if isinstance(inputs, Tensor) and tuple(inputs.shape) == shape:
-        inputs, target = inputs.unsqueeze(0), target.unsqueeze(0)
+    inputs, target = example[0], _as_tensor(example[1], "target")
+    if not isinstance(inputs, Mapping | tuple):
+        inputs = _as_tensor(inputs, "inputs")
+        if _lacks_batch_axis(inputs, reference.event_shape):
+            inputs, target = inputs.unsqueeze(0), target.unsqueeze(0)
+    if target.dim() == 0:
+        target = target.unsqueeze(0)
     opened = open_examples(reference, (inputs, target), loss, "example")
     if len(opened) != 1:
         raise ShapeError(
@@ -358,6 +395,48 @@ def _single(reference: ReferenceNetwork, loss: Loss, example: Any) -> Examples:
             advice="Give one; loop over several and pass the same solver=.",
         )
     return opened
+
+
+def _as_tensor(value: Any, what: str) -> Tensor:
+    found = to_tensor(value)
+    if found is not None:
+        return found
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{what} of type {type(value).__name__}",
+            where="example",
+            advice="Give (inputs, target) of one example as tensors, arrays or numbers.",
+        ) from error
+
+
+def _lacks_batch_axis(inputs: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether inputs are those of an example alone.
+
+    Returns
+    -------
+    bool
+        False for a batch, however long.
+
+    Raises
+    ------
+    ShapeError
+        For inputs that are neither.
+    """
+    given = tuple(inputs.shape)
+    if given == shape:
+        return True
+    # Sequences of tokens may be of any length, and of inputs in a mapping the shape is not known.
+    if not shape or len(given) == len(shape) + 1:
+        return False
+    if len(given) == len(shape) and not inputs.is_floating_point():
+        return True
+    raise ShapeError(
+        f"inputs of shape {given}, the network takes examples of shape {shape}",
+        where="example",
+        advice=f"Give inputs of shape {shape}, or {(1, *shape)} with an axis of batches.",
+    )
 
 
 def _arrival(found: _Found) -> Check:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pushforward.errors import WeightsError
+from pushforward.errors import NetworkError, WeightsError
 from pushforward.function_space.chain import Moments
 from pushforward.function_space.network import ReferenceNetwork
 from pushforward.function_space.statistics import (
@@ -21,7 +20,7 @@ from pushforward.function_space.statistics import (
 )
 from pushforward.function_space.summary import FunctionSummary
 from pushforward.function_space.token_law import TokenLaw
-from pushforward.runs.store import fingerprint, load_tensors, save_tensors
+from pushforward.runs.store import load_tensors, save_tensors
 
 __all__ = ["load_summary", "save_summary"]
 
@@ -72,7 +71,6 @@ def save_summary(summary: FunctionSummary, path: str | os.PathLike[str]) -> None
         "num_stages": len(statistics.stages),
         "num_token_laws": len(summary.tokens),
     }
-    metadata["checksum"] = _checksum(tensors, metadata)
     save_tensors(path, tensors, metadata, schema=_SCHEMA, version=_VERSION)
 
 
@@ -95,15 +93,22 @@ def load_summary(path: str | os.PathLike[str], net: nn.Module) -> FunctionSummar
     ------
     WeightsError
         If the file is damaged, of another kind, newer than this release, or of another network.
+    NetworkError
+        When `net` is no module.
     """
+    if not isinstance(net, nn.Module):
+        raise NetworkError(
+            f"got {type(net).__name__}",
+            where="net",
+            advice="Pass a network of the same architecture, with any weights.",
+        )
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     tensors, metadata = load_tensors(path, schema=_SCHEMA, version=_VERSION, device=device)
     where = str(path)
     try:
-        checksum, architecture = metadata["checksum"], metadata["architecture"]
+        architecture = metadata["architecture"]
         event_shape = tuple(int(n) for n in metadata["event_shape"])
         weights = _under("weights.", tensors)
-        intact = _checksum(tensors, metadata) == checksum
         statistics = _Reader(tensors).statistics(int(metadata["num_stages"]))
         components = metadata["components"]
         output_shape = tuple(int(n) for n in metadata["output_shape"])
@@ -116,12 +121,6 @@ def load_summary(path: str | os.PathLike[str], net: nn.Module) -> FunctionSummar
         raise WeightsError(
             f"it is no whole summary ({error})", where=where, advice="Make the summary again."
         ) from error
-    if not intact:
-        raise WeightsError(
-            "its numbers are not those that were written",
-            where=where,
-            advice="Make the summary again.",
-        )
     own = ReferenceNetwork.of(net, event_shape)
     if own.architecture != architecture:
         raise WeightsError(
@@ -138,13 +137,6 @@ def load_summary(path: str | os.PathLike[str], net: nn.Module) -> FunctionSummar
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-def _checksum(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
-    """Of all numbers and of what is said about them."""
-    told = {name: value for name, value in metadata.items() if name != "checksum"}
-    text = json.dumps(told, sort_keys=True).encode()
-    return fingerprint({**tensors, "metadata": torch.tensor(list(text), dtype=torch.uint8)})
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from pushforward.errors import (
     DataError,
-    NetworkError,
     OptionError,
     ShapeError,
     UnsupportedLayerError,
@@ -19,7 +18,7 @@ from pushforward.errors import (
 from pushforward.function_space.chain import Moments
 from pushforward.function_space.components import cluster_inputs, label_components
 from pushforward.function_space.metrics import Metric, discrepancy
-from pushforward.function_space.network import ReferenceNetwork
+from pushforward.function_space.network import ReferenceNetwork, require_finite_outputs
 from pushforward.function_space.probes import NUM_PROBES, probe
 from pushforward.function_space.statistics import LowRankMoments, batch_statistics, walk
 from pushforward.function_space.summary import Components, FunctionSummary, InputMoments
@@ -28,11 +27,13 @@ from pushforward.networks.batches import Inputs, Table
 from pushforward.networks.data import Examples
 from pushforward.options import whole_number
 from pushforward.runs.progress import track
+from pushforward.runs.rng import stream
 from pushforward.typing import Params
 
 __all__ = ["summarize"]
 
 _BATCH_SIZE = 1024
+_LOOKED_AT = 8  # examples that show whether the network is a function of each
 _NO_TOKENS = (torch.bool, torch.uint8)
 _PAIRED = 4096  # units of a layer whose pairs are kept at most
 
@@ -96,11 +97,13 @@ def summarize(
     OptionError
         For options out of range, or that exclude each other.
     DataError
-        For data that are empty, shuffled, augmented or not finite, and labels that do not fit.
+        For data that are empty, shuffled, augmented or not finite, and labels that do not fit; for
+        networks whose outputs are drawn, or depend on other examples of the batch, as far as the
+        first few examples show it.
     ShapeError
-        When the network does not take the inputs.
+        When the outputs have not one row for each example.
     NetworkError
-        For weights that are not finite.
+        For inputs that the network does not take, and weights or outputs that are not finite.
     UnsupportedLayerError
         When moments of the layers are asked of a network that is no chain of known ones.
     """
@@ -111,6 +114,13 @@ def summarize(
         advice = 'Choose "full", "diagonal" or a positive rank.'
         input_moments = whole_number(input_moments, "input_moments", advice=advice)
     batch_size = whole_number(batch_size, "batch_size")
+    stream(seed, "clusters")  # refuses what is no seed
+    if not isinstance(layer_moments, bool):
+        raise OptionError(
+            f"{layer_moments!r:.80} is neither True nor False",
+            where="layer_moments",
+            advice="Say whether to keep moments of every layer.",
+        )
     examples = Examples.read(data, name="data", targets=False)
     with torch.inference_mode(False), torch.no_grad():
         return _summarised(
@@ -138,25 +148,32 @@ def _summarised(
     batch_size: int,
     progress: bool | None,
 ) -> FunctionSummary:
-    first = examples.select(torch.zeros(1, dtype=torch.long)).inputs
+    first = examples.select(torch.arange(min(len(examples), batch_size, _LOOKED_AT))).inputs
     numbers = isinstance(first, Tensor) and first.is_floating_point()
     count = num_components or int(components.max()) + 1
     law = _token_laws(first, count) if not numbers else ()
+    if law and input_moments != "full":
+        raise OptionError(
+            f"{input_moments!r}, but the inputs are tokens, which have no moments",
+            where="input_moments",
+            advice='Leave input_moments="full": counts of neighbouring tokens are kept.',
+        )
     reference = ReferenceNetwork.of(
         net, tuple(first.shape[1:]) if isinstance(first, Tensor) else ()
     )
+    # What is no function at all is told as such, before what closed forms cannot read.
+    reference = reference.seen_on(_moved(first, reference))
     if layer_moments:
         _check_widths(reference)  # refuses a network that cannot be read
     chain = numbers and _is_chain(reference)
-    reference = reference.seen_on(_moved(first, reference))
     probes = [probe(reference, number) for number in range(NUM_PROBES)]
     total: FunctionSummary | None = None
     with track(len(examples), "Summarising", enabled=progress) as advance:
         for batch in examples.batches(batch_size):
             inputs = _moved(batch.inputs, reference)
             rows = inputs.flatten(1).double() if isinstance(inputs, Tensor) and numbers else None
-            old = reference.outputs(reference.tensors, inputs).double()
-            _require_finite_outputs(old)
+            old = reference.predict(inputs).double()
+            require_finite_outputs(old)
             statistics = batch_statistics(
                 components[batch.indices].to(reference.device),
                 count,
@@ -181,15 +198,6 @@ def _summarised(
         low = replace(total.statistics, inputs=LowRankMoments.of(moments, input_moments))
         total = replace(total, statistics=low, input_moments=input_moments)
     return replace(total, components=kind)
-
-
-def _require_finite_outputs(rows: Float[Tensor, "B K"]) -> None:
-    if not bool(torch.isfinite(rows.square().sum())):
-        raise NetworkError(
-            "its outputs are not finite, or too large to be squared",
-            where="net",
-            advice="Look at the network and at the scale of its inputs.",
-        )
 
 
 def _is_chain(reference: ReferenceNetwork) -> bool:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pushforward.errors import OptionError, WeightsError
+from pushforward.function_space.answers import as_distance
 from pushforward.function_space.estimators import DEFAULT, Estimator, Estimators
 from pushforward.function_space.metrics import Metric, check_metric
 from pushforward.function_space.network import Other, ReferenceNetwork
@@ -165,8 +166,14 @@ class FunctionSummary:
             "num_bytes": self.num_bytes,
         }
 
-    def __add__(self, other: FunctionSummary) -> FunctionSummary:
+    def __radd__(self, other: object) -> FunctionSummary:
+        """Itself, added to the 0 with which Python's ``sum`` begins."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def __add__(self, other: object) -> FunctionSummary:
         """The summary of both parts of the data, as if they had been one."""
+        if not isinstance(other, FunctionSummary):
+            return NotImplemented
         mine, theirs = self.reference, other.reference
         if mine.architecture != theirs.architecture or not mine.unchanged(theirs.tensors):
             raise WeightsError(
@@ -275,8 +282,8 @@ class FunctionSummary:
         Returns
         -------
         Tensor
-            A scalar in the type of the weights, differentiable in those of `other`; exactly 0 at
-            the weights of the reference.
+            A scalar in the type of the other weights, but at least float32; differentiable in them,
+            and exactly 0 at the weights of the reference.
 
         Raises
         ------
@@ -284,11 +291,11 @@ class FunctionSummary:
             For an unknown metric or estimator, or one that this summary does not have what it takes
             for.
         ShapeError
-            When `outputs` are out of range.
+            When `outputs` are out of range, or the only one where probabilities are compared.
         WeightsError
             When `other` is of another architecture.
         NetworkError
-            When its weights are not finite.
+            When its weights, its outputs or the distance are not finite.
         ResourceError
             When a closed form would need covariances of layers that are too wide.
         """
@@ -300,7 +307,8 @@ class FunctionSummary:
             num_samples=num_samples,
             seed=seed,
         )
-        return (self.weights.to(values.device) * values).sum().to(self._dtype_of(other))
+        value = (self.weights.to(values.device) * values).sum()
+        return as_distance(value, self.reference, other)
 
     def estimate(
         self,
@@ -409,11 +417,6 @@ class FunctionSummary:
     @cached_property
     def _calibrations(self) -> dict[tuple[str, str], Tensor]:
         return {}
-
-    def _dtype_of(self, other: Other) -> torch.dtype:
-        tensors = other.parameters() if isinstance(other, nn.Module) else other.values()
-        kinds = [t.dtype for t in tensors if t.is_floating_point()]
-        return kinds[0] if kinds else self.reference.dtype
 
 
 def _calibration_check(ratios: Tensor, advice: str) -> Check:

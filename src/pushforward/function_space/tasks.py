@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pushforward.errors import DataError
+from pushforward.errors import DataError, NetworkError
 from pushforward.function_space.network import select_outputs
 from pushforward.function_space.penalty import Outputs
 from pushforward.networks.data import Batch, Examples
@@ -95,7 +95,10 @@ class OpenTask:
         Raises
         ------
         DataError
-            For data that cannot be read, or inputs that are not one tensor.
+            For data that cannot be read, or inputs that are not one tensor or that the network does
+            not take.
+        NetworkError
+            For a network whose outputs are no tensor.
         ShapeError
             For outputs that the network does not have.
         """
@@ -103,15 +106,7 @@ class OpenTask:
         train = Examples.read(task.train, name=f"training data of {name}", device=device)
         test = Examples.read(task.test, name=f"test data of {name}", device=device)
         chosen = places = None
-        first = train.select(torch.zeros(1, dtype=torch.long)).inputs
-        if not isinstance(first, Tensor):
-            raise DataError(
-                f"inputs are {type(first).__name__}",
-                where=train.name,
-                advice="Give tensors: the network is called with one.",
-            )
-        with evaluating(net), torch.no_grad():
-            shape = tuple(net(first).shape[1:])
+        shape, _ = _output_shape(net, train), _output_shape(net, test)
         count = math.prod(shape)
         if task.outputs is not None:
             chosen = select_outputs(count, task.outputs)
@@ -146,24 +141,47 @@ class OpenTask:
         Raises
         ------
         DataError
-            For a label that is none of the outputs.
+            For a label that is none of the outputs chosen. Where none are chosen what targets may
+            be is up to the loss.
         """
         outputs, targets = net(batch.inputs), batch.targets
         assert targets is not None  # asked for when the data were opened
         if self.chosen is None:
             return outputs, targets
-        assert self.places is not None
         if not targets.is_floating_point() and targets.dim() == 1:
-            known = (targets >= 0) & (targets < len(self.places))
-            targets = torch.where(known, self.places[targets * known], -1)
-            if bool((targets < 0).any()):
-                raise DataError(
-                    f"example {int(batch.indices[(targets < 0).cpu()][0])} has a label outside of "
-                    "the outputs of the task",
-                    where=self.name,
-                    advice="Labels are numbers of outputs of the whole network.",
-                )
+            targets = self._labels(batch, self.name)
         return outputs.index_select(1, self.chosen), targets
+
+    def _labels(self, batch: Batch, where: str) -> Tensor:
+        """Labels of a batch as places among the outputs of the task.
+
+        Returns
+        -------
+        Tensor
+            ``(n,)``.
+
+        Raises
+        ------
+        DataError
+            For one that is none of them.
+        """
+        targets = batch.targets
+        assert targets is not None  # asked for when the data were opened
+        count = self.shape[0] if self.places is None else len(self.places)
+        known = (targets >= 0) & (targets < count)
+        if self.places is not None:
+            targets = torch.where(known, self.places[targets * known], -1)
+            known = targets >= 0
+        if not bool(known.all()):
+            raise DataError(
+                f"example {int(batch.indices[~known.cpu()][0])} has a label outside of the outputs "
+                "of the task",
+                where=where,
+                advice="Labels are numbers of outputs of the whole network: whole numbers from 0, "
+                f"below the number of outputs, {count}"
+                + ("." if self.chosen is None else f"; of this task {self.chosen.tolist()}."),
+            )
+        return targets
 
     def require_classes(self) -> None:
         """Refuse a task without a share of labels that the largest output gets right.
@@ -171,7 +189,8 @@ class OpenTask:
         Raises
         ------
         DataError
-            Unless each test example has one integer label and the task two outputs or more.
+            Unless each test example has one integer label, which is that of an output of the task,
+            and the task two outputs or more.
         """
         advice = (
             "The default accuracy asks whether the largest of two or more outputs is that of an "
@@ -194,6 +213,15 @@ class OpenTask:
                 where=self.name,
                 advice=advice,
             )
+        # Another label would count as a wrong answer, whatever the network says.
+        for batch in self.test.batches(_EVALUATION_BATCH):
+            self._labels(batch, self.test.name)
+
+    def labels_are_ignored(self, batch: Batch) -> bool:
+        """Whether a batch has nothing but labels below 0, which cross-entropy leaves out."""
+        targets = batch.targets
+        assert targets is not None  # asked for when the data were opened
+        return not targets.is_floating_point() and bool((targets < 0).all())
 
     def accuracy(self, net: nn.Module) -> float:
         """Share of the test data that is classified correctly; see `require_classes`.
@@ -209,6 +237,38 @@ class OpenTask:
                 outputs, targets = self.outputs_and_targets(net, batch)
                 hits += int((outputs.argmax(1) == targets).sum())
         return hits / len(self.test)
+
+
+def _output_shape(net: nn.Module, examples: Examples) -> tuple[int, ...]:
+    """Shape of what the network says about one example; what it does not take is refused."""
+    first = examples.select(torch.zeros(1, dtype=torch.long)).inputs
+    if not isinstance(first, Tensor):
+        raise DataError(
+            f"inputs are {type(first).__name__}",
+            where=examples.name,
+            advice="Give tensors: the network is called with one.",
+        )
+    try:
+        with evaluating(net), torch.no_grad():
+            found = net(first)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        own = next((p.dtype for p in net.parameters() if p.is_floating_point()), None)
+        raise DataError(
+            f"the network does not take an input of type {first.dtype} and shape "
+            f"{tuple(first.shape)}: {error}",
+            where=examples.name,
+            advice="Give examples as the network takes them: of the shape that its first layer "
+            f"expects, and numbers of the type of its weights, {own}.",
+        ) from error
+    if not isinstance(found, Tensor) or found.dim() < 1:
+        raise NetworkError(
+            f"it returns {type(found).__name__}",
+            where="net",
+            advice="Give a network that returns one tensor, a row for each example.",
+        )
+    return tuple(found.shape[1:])
 
 
 @contextmanager

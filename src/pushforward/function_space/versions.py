@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from pushforward.runs.estimate import Check, Estimate, Status, to_jsonable, wors
 from pushforward.runs.progress import track
 
 __all__ = ["VersionDistance", "VersionDistances", "measure_versions", "output_spread"]
+
+_FEW = 8  # units of the last place by which rounding moves an output
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +150,7 @@ def measure_versions(
     summary: FunctionSummary,
     versions: Mapping[str, Other],
     *,
-    metrics: Sequence[Metric] = ("euclidean",),
+    metrics: Metric | Sequence[Metric] = ("euclidean",),
     estimator: Estimator | None = None,
     outputs: slice | Sequence[int] | Tensor | None = None,
     data: Any = None,
@@ -181,17 +183,14 @@ def measure_versions(
     Raises
     ------
     OptionError
-        Without a version or metric, for a metric twice, and for unknown ones.
+        For what is no summary or gives versions no names, without a version or metric, for a
+        metric twice, and for unknown ones.
     PushforwardError
         Whatever is wrong with a version, under its name.
     """
-    if not versions or not metrics:
-        kind = "metric" if versions else "version"
-        raise OptionError(f"no {kind}", where=f"{kind}s", advice="Give at least one.")
-    for metric in metrics:
-        check_metric(metric)
-    if len(set(metrics)) < len(metrics):
-        raise OptionError(f"{list(metrics)}", where="metrics", advice="Name each once.")
+    _check_summary(summary)
+    _check_versions(versions)
+    metrics = _metrics(metrics)
     chosen = select_outputs(summary.statistics.outputs.fisher.shape[-1], outputs)
     numbers = None if chosen is None else tuple(int(k) for k in chosen)
     exact = None if data is None else ExactDistance.of(summary.reference.module, data)
@@ -219,6 +218,40 @@ def measure_versions(
     return VersionDistances(summary, tuple(rows), estimator or DEFAULT, numbers)
 
 
+def _check_summary(summary: object) -> None:
+    if not isinstance(summary, FunctionSummary):
+        raise OptionError(
+            f"{type(summary).__name__} is no summary",
+            where="summary",
+            advice="Pass what pf.summarize returned. A baseline has no estimate with an error: ask "
+            "its distance for each version.",
+        )
+
+
+def _check_versions(versions: object) -> None:
+    if not isinstance(versions, Mapping) or not all(isinstance(name, str) for name in versions):
+        raise OptionError(
+            f"{type(versions).__name__} does not give every version a name",
+            where="versions",
+            advice='Give networks by name, such as {"pruned": net}.',
+        )
+    if not versions:
+        raise OptionError("no version", where="versions", advice="Give at least one.")
+
+
+def _metrics(given: object) -> tuple[Metric, ...]:
+    """One or several, each known and named once."""
+    several = isinstance(given, Iterable) and not isinstance(given, str)
+    metrics: tuple[Any, ...] = tuple(given) if several else (given,)  # type: ignore[arg-type]
+    if not metrics:
+        raise OptionError("no metric", where="metrics", advice="Give at least one.")
+    for metric in metrics:
+        check_metric(metric)
+    if len(set(metrics)) < len(metrics):
+        raise OptionError(f"{list(metrics)}", where="metrics", advice="Name each once.")
+    return metrics
+
+
 def output_spread(summary: FunctionSummary, outputs: Sequence[int] | None = None) -> float:
     """Half the total variance of the reference's outputs over its data.
 
@@ -235,12 +268,19 @@ def output_spread(summary: FunctionSummary, outputs: Sequence[int] | None = None
     Returns
     -------
     float
-        ``sum_k Var z_k / 2``.
+        ``sum_k Var z_k / 2``; 0 where it is no more than the rounding of the outputs.
     """
     moments, weights = summary.statistics.outputs.moments, summary.weights
     within = moments.covariance.diagonal(dim1=-2, dim2=-1)
     mean = weights @ moments.mean
     variance = weights @ (within + (moments.mean - mean).square())
+    square = variance + mean.square()
     if outputs is not None:
-        variance = variance[torch.as_tensor(outputs, device=variance.device)]
-    return float(variance.sum()) / 2
+        chosen = torch.as_tensor(outputs, device=variance.device)
+        variance, square = variance[chosen], square[chosen]
+    spread, size = float(variance.sum()) / 2, float(square.sum()) / 2
+    # Equal inputs in different places of a batch get outputs that are a few units of the last place
+    # apart; moments are sums in float64.
+    last_place = torch.finfo(summary.reference.dtype).eps
+    rounding = max(torch.finfo(torch.float64).eps, (_FEW * last_place) ** 2)
+    return spread if spread > rounding * size else 0.0

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pushforward.errors import OptionError
 from pushforward.linalg.blocks import gram
+from pushforward.options import number, whole_number
 
 __all__ = ["BlockIterate", "Improvement", "Product", "advance", "begin", "orthonormalise", "solve"]
 
@@ -206,9 +207,10 @@ def solve(
     precondition
         Approximate inverse of the matrix; default none.
     tolerance
-        Wanted error of every solution relative to its length, both in the norm of the matrix.
+        Wanted error of every solution relative to its length, both in the norm of the matrix;
+        positive.
     max_steps
-        Most steps.
+        Most steps; at least 1.
 
     Returns
     -------
@@ -218,7 +220,8 @@ def solve(
     Raises
     ------
     OptionError
-        When the matrix turns out not to be positive definite.
+        When the matrix turns out not to be positive definite; for a tolerance or a number of steps
+        that is none.
 
     Examples
     --------
@@ -228,6 +231,8 @@ def solve(
     >>> torch.allclose(found.solution, torch.linalg.inv(matrix))
     True
     """
+    tolerance = number(tolerance, "tolerance", above=0)
+    max_steps = whole_number(max_steps, "max_steps")
     guess = torch.zeros_like(right_hand_sides) if guess is None else guess
     precondition = precondition or _unchanged
     state = begin(product, right_hand_sides, guess, precondition)

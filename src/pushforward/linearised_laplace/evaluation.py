@@ -103,7 +103,7 @@ class Evaluation:
         Held out.
     map_temperature
         By which the logits of MAP are divided in its second row, or its noise variance multiplied;
-        None without validation data.
+        None without validation data, and for counts.
     checks
         Whether Laplace helps, and on data that can tell.
     cost

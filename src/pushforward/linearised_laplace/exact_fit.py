@@ -14,7 +14,12 @@ from pushforward.linearised_laplace.exact import DualFactor, Factor, PrimalFacto
 from pushforward.linearised_laplace.linear_model import LinearModel
 from pushforward.linearised_laplace.mode import find_mode
 from pushforward.linearised_laplace.priors import Prior
-from pushforward.linearised_laplace.sampled import SMALLEST_NOISE, Round, current_likelihood
+from pushforward.linearised_laplace.sampled import (
+    SMALLEST_NOISE,
+    Round,
+    current_likelihood,
+    unsettled,
+)
 
 __all__ = ["ExactFit", "fit_exactly"]
 
@@ -22,7 +27,6 @@ _CONVERGED = {torch.float64: 1e-8}  # change of the log precision, by the networ
 _MODE_TOLERANCE = {torch.float64: 1e-14}  # nats
 _LOOSELY = 1e-5  # of the log precision, in lower precision,
 _LOOSE_MODE = 1e-4  # and of the mode: rounding in a sum over many examples is not far below
-_NOTHING = 1e-2  # directions
 _FARTHEST = 7.0  # step of the log precision
 
 
@@ -128,8 +132,7 @@ def fit_exactly(
         moved = 0.0
         if learn_prior:
             change = (gammas / norms.clamp(min=1e-300)).log() - prior.precision.log()
-            # A group that the data determine nothing of runs off for ever, to no effect.
-            moved = float((change.abs() * (gammas > _NOTHING)).max())
+            moved = float(unsettled(change, gammas).max())
             here_log = prior.precision.log()
             prior = prior.with_precision((here_log + _secant(here_log, change, before)).exp())
             before = (here_log, change)

@@ -190,6 +190,7 @@ def laplace(
     )
     chosen = choose_method(method, problem.linear)
     problem = _without_the_fixed_part(problem, progress)
+    problem.linear.require_finite_outputs()
     if chosen == "exact":
         return _exact(problem, num_draws, seed, progress, began)
     task = SampledTask(
@@ -350,7 +351,8 @@ def _exact(
     prior = linear.prior.with_scale(factor.diagonal)
     scaled = factor.rescaled(prior.scale)
     if problem.learn_prior:
-        prior = prior.matched_to(linear.model.vector)
+        weight = 1.0 if problem.noise is None else 1 / problem.noise
+        prior = prior.matched_to(linear.model.vector, weight * factor.diagonal)
     linear = linear.with_prior(prior)
     with track(None, "Learning prior and noise", enabled=progress) as advance:
         fit = fit_exactly(

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from pushforward.errors import DataError
 from pushforward.linearised_laplace.priors import Prior
 from pushforward.networks.batches import Batch
 from pushforward.networks.data import Examples
@@ -202,6 +203,13 @@ class LinearModel:
         """Memory that one example takes on its way through the network."""
         return activation_bytes(self.model, self.examples.select(torch.tensor([0])))
 
+    @property
+    def remembered_bytes(self) -> int:
+        """Of the outputs at a point, which are kept for its products; 0 where they are too many."""
+        start, stop = self._share
+        size = (stop - start) * self.num_outputs * torch.finfo(self.model.dtype).bits // 8
+        return size if size <= _REMEMBERED_BYTES else 0
+
     def batch_sizes(self, vectors: int) -> tuple[int, int]:
         """How many examples and vectors to take through the network at a time.
 
@@ -326,14 +334,14 @@ class LinearModel:
         weights = self._displacement(point)
         loss = torch.zeros((), dtype=torch.float64, device=point.device)
         gradient = torch.zeros_like(point)
-        start, stop = self._share
-        bits = torch.finfo(point.dtype).bits
-        remember = (stop - start) * self.num_outputs * bits // 8 <= _REMEMBERED_BYTES
+        start, remember = self._share[0], self.remembered_bytes > 0
         seen, traces = [], [point.new_zeros(0)]
         for tangent, batch in self._pass(1):
             outputs = self._shifted(batch, tangent.jvp(batch.inputs, weights[None])[0])
             targets = self._targets(batch, outputs)
-            loss -= self.likelihood.log_prob(outputs, targets).sum(dtype=torch.float64)
+            # Sums of log-densities in float64: counts of a million leave nothing of float32 behind.
+            wide = outputs.double()
+            loss -= self.likelihood.log_prob(wide, self._targets(batch, wide)).sum()
             gradient -= tangent.vjp(batch.inputs, self.likelihood.score(outputs, targets)[None])[0]
             # Links are canonical: the curvature is the variance, or constant.
             traces.append(self.likelihood.variance(outputs).flatten(1).sum(1))
@@ -378,12 +386,29 @@ class LinearModel:
         losses = torch.zeros(len(steps), dtype=torch.float64, device=point.device)
         for tangent, batch in self._pass(2):
             moved, along = tangent.jvp(batch.inputs, both)
-            outputs = self._shifted(batch, moved)
-            reach = steps.to(outputs.dtype).reshape(-1, *[1] * outputs.dim())
+            outputs = self._shifted(batch, moved).double()
+            reach = steps.double().reshape(-1, *[1] * outputs.dim())
             targets = self._targets(batch, outputs)
-            found = self.likelihood.log_prob(outputs + reach * along, targets)
-            losses -= found.sum(-1, dtype=torch.float64)
+            losses -= self.likelihood.log_prob(outputs + reach * along, targets).sum(-1)
         return self.grid.sum_over_data(losses)
+
+    def require_finite_outputs(self) -> None:
+        """Find out before anything else whether the network has an answer to every example.
+
+        Raises
+        ------
+        DataError
+            With the number of the first example whose outputs are NaN or infinite.
+        """
+        for _, batch in self._pass(1):
+            rows = torch.isfinite(self.model.predict(batch.inputs)).flatten(1).all(1)
+            if not bool(rows.all()):
+                number = int(batch.indices[int((~rows).nonzero()[0])])
+                raise DataError(
+                    f"the network's outputs for example {number} hold NaN or infinite entries",
+                    where=self.examples.name,
+                    advice="Check that example, and whether the network can take it.",
+                )
 
     def squared_residuals(self, point: Float[Tensor, " P"]) -> Float[Tensor, ""]:
         """``sum (y - h(w))^2`` over examples and outputs, for regression.

@@ -138,7 +138,7 @@ def sampled_plan(
     advice = "Use fewer draws together (block=...) or a subset of the weights (subset=...)."
     examples, vectors = linear.batch_sizes(together)
     per_example = linear.num_outputs * torch.finfo(linear.model.dtype).bits // 8
-    items = (
+    items: tuple[MemoryItem, ...] = (
         MemoryItem("finished draws", own * vector, "Take fewer draws (num_draws=...)."),
         # solution, residual, directions, their images, sketch, right-hand side, and temporaries
         MemoryItem("solver, seven vectors a draw", 7 * together * vector, advice),
@@ -154,6 +154,9 @@ def sampled_plan(
             advice,
         ),
     )
+    if learn:
+        # Twice while they are put together.
+        items += (MemoryItem("outputs at the mode, all examples", 2 * linear.remembered_bytes),)
     work = num_draws * (_FINAL_STEPS + 1) + (_EM_VECTORS if learn else 0)
     seconds = None
     if measure:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import log
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pushforward.errors import DataError, ResourceError
+from pushforward.errors import DataError, NetworkError, ResourceError
 from pushforward.linearised_laplace.exact import DualFactor, PrimalFactor
 from pushforward.linearised_laplace.linear_model import Offset
 from pushforward.linearised_laplace.prediction import Prediction
 from pushforward.linearised_laplace.priors import Prior
 from pushforward.linearised_laplace.sampled import Round
+from pushforward.networks.checksums import checksums
 from pushforward.networks.data import Batch, Examples
 from pushforward.networks.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from pushforward.networks.model import FunctionalModel
@@ -40,6 +42,7 @@ Link = Literal["probit", "monte_carlo"]
 _LINKS = ("probit", "monte_carlo")
 _WORKSPACE = 2**26  # bytes of activations, or of a Jacobian
 _DRAWS_AT_ONCE = 8
+_NAMES_SHOWN = 4
 _HIDDEN: dict[str, Any] = {"json": False}
 
 
@@ -47,7 +50,9 @@ _HIDDEN: dict[str, Any] = {"json": False}
 class LaplacePosterior:
     """Gaussian posterior over a network's weights, linearised where they were trained.
 
-    Made by `laplace`, or read from a file by `LaplacePosterior.load`.
+    Made by `laplace`, or read from a file by `LaplacePosterior.load`. It uses the weights of the
+    network and keeps no copy: when they have changed since, it predicts and saves no more
+    (`NetworkError`) until they are back.
 
     Parameters
     ----------
@@ -103,6 +108,11 @@ class LaplacePosterior:
     temperature: float = 1.0
     _factor: PrimalFactor | DualFactor | None = None
     _draws: Float[Tensor, "K P"] | None = None
+    _checksums: Mapping[str, int] | None = None  # of the network when the posterior was made
+
+    def __post_init__(self) -> None:
+        if self._checksums is None:
+            object.__setattr__(self, "_checksums", checksums(self._weights_and_buffers))
 
     @property
     def prior_precision(self) -> float | dict[str, float]:
@@ -141,6 +151,7 @@ class LaplacePosterior:
         dict
             Trained weights plus deviations, for `torch.func.functional_call` under `vmap`.
         """
+        self._require_unchanged()
         return self.prior.space.unravel(self.model.vector + self.draws)
 
     def with_temperature(self, temperature: float) -> LaplacePosterior:
@@ -192,6 +203,7 @@ class LaplacePosterior:
         """
         from pushforward.linearised_laplace.validation import fit_temperature
 
+        self._require_unchanged()
         return fit_temperature(self, validation, link)
 
     def evaluate(
@@ -222,6 +234,7 @@ class LaplacePosterior:
         """
         from pushforward.linearised_laplace.evaluation import evaluate
 
+        self._require_unchanged()
         return evaluate(self, data, validation=validation, bins=bins, progress=progress)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -231,9 +244,17 @@ class LaplacePosterior:
         ----------
         path
             Replaced if it exists; folders are made.
+
+        Raises
+        ------
+        OptionError
+            When `path` is none, a folder, or in a folder that cannot be made.
+        NetworkError
+            When the network has changed since the posterior was made.
         """
         from pushforward.linearised_laplace.storage import save_posterior
 
+        self._require_unchanged()
         save_posterior(self, path)
 
     @staticmethod
@@ -257,6 +278,10 @@ class LaplacePosterior:
         WeightsError
             If the file is damaged, newer than this release, or of another network: the message says
             whether the parameters are others or only their values.
+        NetworkError
+            For what is no network, in training mode, or without weights yet.
+        OptionError
+            If `path` is none.
         """
         from pushforward.linearised_laplace.storage import load_posterior
 
@@ -288,8 +313,11 @@ class LaplacePosterior:
         ------
         OptionError
             For another link.
+        NetworkError
+            When the network has changed since the posterior was made, or cannot take the inputs.
         """
         check_link(link)
+        self._require_unchanged()
         examples = Examples.read(x, name="x", device=self.model.device, targets=False)
         parts = []
         with track(len(examples), "Predicting", enabled=progress) as advance:
@@ -335,6 +363,7 @@ class LaplacePosterior:
         ResourceError
             When the outputs of all draws do not fit into memory.
         """
+        self._require_unchanged()
         examples = Examples.read(x, name="x", device=self.model.device, targets=False)
         parts: list[Tensor] = []
         with track(len(examples), "Drawing outputs", enabled=progress) as advance:
@@ -365,20 +394,22 @@ class LaplacePosterior:
             In nats. Its standard error is over examples (marginal) or draws (joint: by the delta
             method on the average likelihood, too small when few draws carry it all).
         """
+        began = perf_counter()
+        self._require_unchanged()
         source = x if y is None else (x, y)
         examples = Examples.read(source, device=self.model.device)
         scores = torch.cat(
             [self._log_probabilities(b, examples.name) for b in self._batches(examples)], 1
-        ).double()
+        )
         count = log(len(scores))
+        evaluations = len(examples) * (1 + len(scores))
+        cost = Cost(0.0, perf_counter() - began, evaluations)
         if not joint:
             marginal = scores.logsumexp(0) - count
             error = (
                 marginal.std() / len(marginal) ** 0.5 if len(marginal) > 1 else torch.tensor(0.0)
             )
-            return Estimate(
-                marginal.mean(), error, Cost(0.0, 0.0), f"{len(scores)} draws, marginal"
-            )
+            return Estimate(marginal.mean(), error, cost, f"{len(scores)} draws, marginal")
         total = scores.sum(1)
         weights = (total - total.logsumexp(0)).exp()
         error = (weights.square().sum() - 1 / len(total)).clamp(min=0).sqrt()
@@ -392,7 +423,7 @@ class LaplacePosterior:
         return Estimate(
             total.logsumexp(0) - count,
             error,
-            Cost(0.0, 0.0),
+            cost,
             f"{len(scores)} draws, joint over {len(examples)} examples",
             (check,),
         )
@@ -439,6 +470,32 @@ class LaplacePosterior:
         lines += [f"  {check}" for check in self.checks if check.status != "pass"]
         return "\n".join(lines)
 
+    @property
+    def _weights_and_buffers(self) -> Params:
+        return {**self.model.parameters, **self.model.frozen}
+
+    def _require_unchanged(self) -> None:
+        """Refuse to mix the covariance of one network with the outputs of another.
+
+        The network's own tensors are used, not copies: whoever trains on changes them here too.
+
+        Raises
+        ------
+        NetworkError
+            With the tensors that are not those with which the posterior was made.
+        """
+        now, then = checksums(self._weights_and_buffers), self._checksums or {}
+        changed = [name for name, value in now.items() if value != then.get(name)]
+        if changed:
+            raise NetworkError(
+                f"its weights have changed since the posterior was made, in {len(changed)} of "
+                f"{len(now)} tensors ({', '.join(changed[:_NAMES_SHOWN])}"
+                f"{', ...' if len(changed) > _NAMES_SHOWN else ''})",
+                where=self.model.name,
+                advice="Load the weights back with which it was made, or make it again: "
+                "pf.laplace(net, data, likelihood).",
+            )
+
     def _predict_batch(self, batch: Batch, link: Link) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         outputs, variance, error, moved = self._moments(batch, draws=link == "monte_carlo")
         if link == "probit":
@@ -470,7 +527,8 @@ class LaplacePosterior:
         return outputs, variance, variance * (2 / len(moved)) ** 0.5, moved
 
     def _log_probabilities(self, batch: Batch, name: str) -> Tensor:
-        outputs = self.model.predict(batch.inputs)
+        # In float64: a count of a million leaves nothing of float32 behind.
+        outputs = self.model.predict(batch.inputs).double()
         assert batch.targets is not None
         targets = self.likelihood.check_targets(outputs, batch.targets, name)
         return self.likelihood.log_prob(outputs + self._moved(batch), targets)

@@ -233,24 +233,34 @@ class Prior:
         kept = precision.to(torch.float64).clamp(1 / _LARGEST_PRECISION, _LARGEST_PRECISION)
         return replace(self, precision=kept)
 
-    def matched_to(self, weights: Float[Tensor, " P"]) -> Prior:
+    def matched_to(self, weights: Float[Tensor, " P"], curvature: Float[Tensor, " P"]) -> Prior:
         """With the precisions at which some weights would be an ordinary draw: where to begin.
 
         Too small rather than too large ones, since unimportant weights are small only because they
-        were regularised.
+        were regularised. Weights may also be small because they were never trained: a head, or a
+        low-rank change, that begins at zero. A precision above the trace t of a group's curvature
+        leaves the data less than one direction (eigenvalues that add up to t have an effective
+        dimension between ``t / (t + precision)`` and ``t / precision``), and there learning cannot
+        tell a precision that is too large from one that has to be. Then the group begins at its
+        mean curvature, where n weights have between ``n / (n + 1)`` and ``n / 2``.
 
         Parameters
         ----------
         weights
             ``(P,)``, the trained ones.
+        curvature
+            ``(P,)``, diagonal of the Gauss-Newton matrix in the weights, with the noise of now.
 
         Returns
         -------
         Prior
             In the same coordinates.
         """
-        norms = self.group_sums(self.coordinates(weights).double().square())
-        return self.with_precision(self.sizes / norms.clamp(min=1e-12))
+        ordinary = self.sizes / self.group_sums(self.coordinates(weights).double().square())
+        trace = self.group_sums(self.scaled(self.scaled(curvature.double())))
+        # No output depends on a group without curvature: any precision will do.
+        small = (ordinary > trace) & (trace > 0)
+        return self.with_precision(torch.where(small, trace / self.sizes, ordinary))
 
     def to_config(self) -> dict[str, Any]:
         """For a file.

@@ -35,6 +35,7 @@ __all__ = [
     "prior_draws",
     "right_hand_sides",
     "step",
+    "unsettled",
 ]
 
 _MODE_ERROR = 1e-3  # squared, in the norm of the posterior precision, relative to that of the mode
@@ -42,6 +43,8 @@ _EM_TOLERANCE = 0.2
 _LARGEST_STEP = 2.3  # of the log precision: a factor of ten
 _SETTLED = 0.05
 _FIRST_RELAXATION = 0.6
+_SMALLEST_SHARE = 1e-3  # of what a group's effective dimension would be without the other groups
+_NOTHING, _ROUNDING = 1e-2, 1e-9  # directions
 SMALLEST_NOISE = 1e-10
 """Of the first guess: below it, the linear model fits the targets exactly."""
 
@@ -222,6 +225,30 @@ def effective_dimensions(
     return linear.prior.space.layer_sums(draws * curved)
 
 
+def unsettled(
+    change: Float[Tensor, " groups"], gammas: Float[Tensor, " groups"]
+) -> Float[Tensor, " groups"]:
+    """By how much precisions have still to change, where it matters.
+
+    A group that the data determine nothing of runs off to ever larger precisions, to no effect. A
+    precision that is to *fall* does matter: it is too large for the data to have their say.
+
+    Parameters
+    ----------
+    change
+        ``(groups,)``, of the log precision.
+    gammas
+        ``(groups,)`` effective dimensions.
+
+    Returns
+    -------
+    Tensor
+        ``(groups,)``, not negative.
+    """
+    least = torch.where(change < 0, _ROUNDING, _NOTHING)
+    return change.abs() * (gammas > least)
+
+
 def _resolved(task: SampledTask, state: SampledState) -> LinearModel:
     linear = task.linear.with_prior(state.prior)
     return linear.with_likelihood(current_likelihood(linear.likelihood, state.noise_variance))
@@ -252,17 +279,21 @@ def _unit(task: SampledTask, state: SampledState) -> LinearModel:
 def _first_sketch(task: SampledTask, state: SampledState) -> SampledState:
     learning = task.learn_prior or task.learn_noise
     draws = range(min(task.em_draws, task.num_draws)) if learning else task.blocks[0]
+    if state.prior.kind == "gprior" and not learning:
+        # The scale is part of the prior: all processes take it from the same draws.
+        draws = range(min(task.block, task.num_draws))
     sketch = _unit(task, state).sketch(draws, task.seed)
     prior = state.prior.with_scale(sketch.diagonal)
     weights = task.linear.model.vector
     if task.learn_prior:
-        prior = prior.matched_to(weights)
+        prior = prior.matched_to(weights, _weight(state.noise_variance) * sketch.diagonal)
+    wanted = learning or draws == task.blocks[0]
     return replace(
         state,
         phase="learn" if learning else "final",
         prior=prior,
         mode=prior.coordinates(weights) if learning else None,
-        sketch=prior.scaled(sketch.vectors),
+        sketch=prior.scaled(sketch.vectors) if wanted else None,
         work=state.work + len(draws),
     )
 
@@ -282,25 +313,41 @@ def _learn(task: SampledTask, state: SampledState) -> SampledState:
     gammas = effective_dimensions(linear, state.iterate, right)
     if not _solved(linear, state.iterate, gammas, _EM_TOLERANCE, task.max_steps):
         return state
+    gamma, error = _group_dimensions(linear, state, gammas)
     energy = float((linear.prior.diagonal() * state.mode.double().square()).sum())
     found = find_mode(
-        linear, state.mode, _approximate_inverse(linear, state), tolerance=_MODE_ERROR * energy
+        linear,
+        state.mode,
+        _approximate_inverse(linear, state),
+        # The two are compared, and weights that begin at zero have no energy.
+        tolerance=_MODE_ERROR * max(energy, float(gamma.sum())),
     )
     state = replace(state, mode=found.point, work=state.work + found.passes)
-    return _updated(task, state, linear, gammas)
+    return _updated(task, state, linear, gamma, error)
+
+
+def _group_dimensions(
+    linear: LinearModel, state: SampledState, gammas: Float[Tensor, "K layers"]
+) -> tuple[Float[Tensor, " groups"], Float[Tensor, " groups"]]:
+    """Effective dimension of each group, in the range where it can lie, and its standard error."""
+    assert state.sketch is not None
+    prior = linear.prior
+    mean, error = _mean_and_error(prior.pool(gammas))
+    # Noise can make it negative. Its bound from below falls with the precision as it does itself
+    # and as the mode's energy does: a constant would be a fixed point, far from any true one.
+    trace = _weight(state.noise_variance) * prior.group_sums(state.sketch.square()).mean(0)
+    least = _SMALLEST_SHARE * trace / (trace + prior.precision)
+    return torch.minimum(torch.maximum(mean, least), prior.sizes), error
 
 
 def _updated(
-    task: SampledTask, state: SampledState, linear: LinearModel, gammas: Tensor
+    task: SampledTask, state: SampledState, linear: LinearModel, gamma: Tensor, error: Tensor
 ) -> SampledState:
     """MacKay's update of precision and noise, and whether that was the last."""
     assert state.mode is not None
     assert state.iterate is not None
     prior = linear.prior
-    mean, error = _mean_and_error(prior.pool(gammas))
-    # A group's effective dimension lies between nothing and its number of parameters.
-    gamma = torch.minimum(mean.clamp(min=1e-3), prior.sizes)
-    norms = prior.group_sums(state.mode.double().square()).clamp(min=1e-12)
+    norms = prior.group_sums(state.mode.double().square()).clamp(min=1e-300)
     record = Round(
         tuple(prior.precision.tolist()),
         state.noise_variance,
@@ -310,11 +357,12 @@ def _updated(
         state.work,
     )
     change = (gamma / norms).log() - prior.precision.log()
+    change = torch.where(gamma > 0, change, 0)  # of a group that no output depends on
     change = _relaxed(change, state.rounds, prior) if task.learn_prior else 0 * change
     updated = prior.with_precision(prior.precision * change.exp())
     # A layer that the data hardly determine may run off to any precision: it does not matter.
-    relevance = (10 * gamma / gamma.sum()).clamp(max=1)
-    noise, moved = state.noise_variance, float((change.abs() * relevance).max())
+    relevance = (10 * gamma / gamma.sum().clamp(min=1e-300)).clamp(max=1)
+    noise, moved = state.noise_variance, float((unsettled(change, gamma) * relevance).max())
     if task.learn_noise:
         assert noise is not None
         before = noise
@@ -324,7 +372,7 @@ def _updated(
         assert first is not None
         noise = max(residual / max(count - float(gamma.sum()), 1.0), SMALLEST_NOISE * first)
         moved = max(moved, abs(log(noise / before)))
-    relative = float(error.square().sum().sqrt() / gamma.sum())
+    relative = float(error.square().sum().sqrt() / gamma.sum().clamp(min=1e-300))
     rounds = (*state.rounds, record)
     settled = moved < max(0.01, min(_SETTLED, 2 * relative))
     last = settled or len(rounds) >= task.max_rounds

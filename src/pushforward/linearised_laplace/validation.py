@@ -26,6 +26,7 @@ from pushforward.linearised_laplace.posterior import (
 from pushforward.networks.data import Examples
 from pushforward.networks.likelihoods import Gaussian, Likelihood, Poisson
 from pushforward.networks.model import FunctionalModel
+from pushforward.options import whole_number
 from pushforward.runs.estimate import Check
 
 __all__ = ["choose_prior_precision", "fit_temperature"]
@@ -201,7 +202,7 @@ class _Fit:
 
     @property
     def _few(self) -> dict[str, Any]:
-        draws = min(self.options.get("num_draws", 64), _SEARCH_DRAWS)
+        draws = min(whole_number(self.options.get("num_draws", 64), "num_draws"), _SEARCH_DRAWS)
         return self.options | {"num_draws": draws, "evidence": False}
 
     @cached_property
@@ -298,10 +299,13 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 def _checked(grid: Sequence[float]) -> list[float]:
-    values = sorted({float(value) for value in grid})
+    try:
+        values = sorted({float(value) for value in grid})
+    except (TypeError, ValueError):
+        values = []
     if not values or not all(isfinite(value) and value > 0 for value in values):
         raise OptionError(
-            f"{list(grid)} are not precisions",
+            f"{grid!r} are not precisions",
             where="grid",
             advice="Give positive numbers, such as [0.1, 1, 10, 100].",
         )

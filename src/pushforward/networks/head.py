@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ def split_head(
         The end of the network as a function of the same parameters, and its inputs with the
         targets; None when there is nothing to gain or the end cannot be told: the parameters are
         spread over the network or used before it too, the module is not called exactly once, its
-        output is not the network's, or its inputs take more than 2 GiB.
+        output is not the network's, or is written to afterwards, or its inputs take more than
+        2 GiB.
     """
     probe = examples.select(torch.tensor([0]))
     for path in _ancestors(model):
@@ -55,7 +57,8 @@ def split_head(
             continue
         if len(examples) * sum(x.numel() * x.element_size() for x in caught) > _LARGEST:
             return None
-        return _head(model, path), _features(model, end, examples, advance)
+        features = _features(model, end, examples, advance)
+        return None if features is None else (_head(model, path), features)
     return None
 
 
@@ -77,18 +80,50 @@ def _ancestors(model: FunctionalModel) -> Iterator[str]:
         yield ".".join(paths[0][:length])
 
 
+@dataclass
+class _Call:
+    """One call of a module, and how often its tensors had been written to by then."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    versions: tuple[int, ...]
+    output: Any = None
+    output_version: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it was called with tensors alone, that nobody has written to since."""
+        if self.keywords or not self.arguments:
+            return False
+        if not all(isinstance(x, Tensor) and x.dim() > 0 for x in self.arguments):
+            return False
+        return tuple(map(_version, self.arguments)) == self.versions
+
+
+def _version(value: Any) -> int:
+    """How often a tensor has been written to; the same object can hold other numbers by now."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+
+
 @contextmanager
-def _watched(module: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any], Any]]]:
-    calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
+def _watched(module: nn.Module) -> Iterator[list[_Call]]:
+    calls: list[_Call] = []
 
-    def note(_module: nn.Module, arguments: Any, keywords: Any, output: Any) -> None:
-        calls.append((arguments, keywords, output))
+    def before(_module: nn.Module, arguments: Any, keywords: Any) -> None:
+        calls.append(_Call(arguments, keywords, tuple(map(_version, arguments))))
 
-    handle = module.register_forward_hook(note, with_kwargs=True)
+    def after(_module: nn.Module, _arguments: Any, output: Any) -> None:
+        calls[-1].output, calls[-1].output_version = output, _version(output)
+
+    handles = (
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after),
+    )
     try:
         yield calls
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _caught(
@@ -97,24 +132,25 @@ def _caught(
     """What the end of the network is called with; None when it is not its end."""
     with _watched(end) as calls:
         output = model.function(parameters, inputs)
-    if len(calls) != 1:
+    if len(calls) != 1 or not calls[0].is_plain:
         return None
-    arguments, keywords, its_output = calls[0]
-    plain = arguments and all(isinstance(x, Tensor) and x.dim() > 0 for x in arguments)
-    if its_output is not output or keywords or not plain:
+    call = calls[0]
+    if call.output is not output or _version(output) != call.output_version:
         return None
-    return arguments
+    return call.arguments
 
 
 def _features(
     model: FunctionalModel, end: nn.Module, examples: Examples, advance: Callable[[int], None]
-) -> Examples:
+) -> Examples | None:
+    """What reaches the end, for all examples; None when for some of them it is not the end."""
     table: list[Tensor] = []
     targets: list[Tensor] = []
     for batch in examples.batches(_BATCH):
         with torch.no_grad():
             found = _caught(model, end, batch.inputs, model.parameters)
-        assert found is not None
+        if found is None:
+            return None
         rows = slice(int(batch.indices[0]), int(batch.indices[-1]) + 1)
         for column, part in enumerate(found):
             if len(table) == column:

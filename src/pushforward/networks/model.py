@@ -12,15 +12,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 
 from pushforward.errors import NetworkError, OptionError, PushforwardError, ShapeError
-from pushforward.networks.parameters import ParameterSpace, match_names
+from pushforward.networks.parameters import ParameterSpace, as_patterns, match_names
 from pushforward.typing import Params
 
-__all__ = ["FunctionalModel", "Inputs"]
+__all__ = ["FunctionalModel", "Inputs", "check_weights"]
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """What a network is called with: ``net(x)``, ``net(*inputs)`` or ``net(**inputs)``."""
+
+_FINAL = (PushforwardError, Warning, torch.OutOfMemoryError, MemoryError)  # they say enough
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +64,7 @@ class FunctionalModel:
     module: nn.Module | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        check_weights({**self.parameters, **self.frozen}, where=self.name)
         kinds = {(p.dtype, p.device) for p in self.parameters.values()}
         if len(kinds) > 1 or any(not dtype.is_floating_point for dtype, _ in kinds):
             raise NetworkError(
@@ -103,9 +107,10 @@ class FunctionalModel:
         ------
         NetworkError
             For what is no module, in training mode, with normalisation by the batch, or for
-            weights that are not finite.
+            weights that are not there (meta device, lazy layers), not finite, or made in inference
+            mode.
         OptionError
-            When a pattern matches nothing, or nothing is left.
+            For what is no pattern, when one matches nothing, or nothing is left.
         """
         if isinstance(net, FunctionalModel):
             if subset is None:
@@ -130,7 +135,7 @@ class FunctionalModel:
                 if name in norm or name not in trained
             }
         else:
-            patterns = (subset,) if isinstance(subset, str) else tuple(subset)
+            patterns = as_patterns(subset)
             chosen = match_names(tuple(everything), patterns)
             reasons = {
                 name: "scale or shift of a normalisation layer" if name in norm else "not in subset"
@@ -194,22 +199,48 @@ class FunctionalModel:
         Raises
         ------
         NetworkError
-            When the network cannot take these inputs.
+            When the network cannot take these inputs, or was brought into training mode.
         """
+        self.check_mode()
         try:
             return self(self.parameters, inputs)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except _FINAL:
+            raise
+        except Exception as error:  # a network may raise anything
             raise self._explained(error, inputs) from error
 
-    def _explained(self, error: Exception, inputs: Inputs) -> Exception:
-        if isinstance(error, torch.OutOfMemoryError | PushforwardError):
-            return error
+    def check_mode(self) -> None:
+        """Refuse a network that was brought into training mode after it was read.
+
+        Its outputs would depend on chance or on the batch, and calling it would change its running
+        statistics.
+        """
+        if self.module is not None:
+            _require_evaluation_mode(self.module)
+
+    def _explained(self, error: Exception, inputs: Inputs) -> NetworkError:
         # Other dtypes and shapes than in training are most of what goes wrong.
+        advice = (
+            f"Bring floating-point inputs to {self.dtype}, the type of the parameters, "
+            "and to the shape that the network expects behind the axis of the examples."
+        )
+        reason = str(error)
+        if isinstance(error, IndexError):
+            advice = (
+                "If the inputs are token ids, bring them below the number of embeddings; else "
+                "check their shape behind the axis of the examples."
+            )
+        elif isinstance(error, KeyError):
+            advice = "Give the inputs as a mapping with every keyword that the network reads."
+        elif "scalar types: Long, Int" in reason:
+            advice = "Give token ids, which are looked up, as integers; on command lines, --tokens."
+        if not isinstance(error, RuntimeError | TypeError | ValueError):
+            # "'mask'" alone, or nothing at all, would say little.
+            reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
         return NetworkError(
-            f"it cannot take inputs of {_described(inputs)}: {error}",
+            f"it cannot take inputs of {_described(inputs)}: {reason}",
             where=self.name,
-            advice=f"Bring floating-point inputs to {self.dtype}, the type of the parameters, "
-            "and to the shape that the network expects behind the axis of the examples.",
+            advice=advice,
         )
 
     def fingerprint(self) -> str:
@@ -228,6 +259,39 @@ class FunctionalModel:
         return digest.hexdigest()
 
 
+def check_weights(tensors: Mapping[str, Tensor], *, where: str = "weights") -> None:
+    """Refuse tensors that hold no numbers, or that cannot be differentiated.
+
+    Parameters
+    ----------
+    tensors
+        Parameters and buffers of a network by name.
+    where
+        How messages call them.
+
+    Raises
+    ------
+    NetworkError
+        For tensors on the meta device, of lazy layers, or made under ``torch.inference_mode()``.
+    """
+    for name, tensor in tensors.items():
+        if is_lazy(tensor):
+            what = "it belongs to a lazy layer and has no shape yet"
+            advice = "Call the network once on some inputs first."
+        elif tensor.is_meta:
+            what = "it is on the meta device and holds no numbers"
+            advice = "Load the weights first: net.to_empty(device='cpu'), then load_state_dict."
+        elif tensor.is_inference():
+            what = "it was made under torch.inference_mode() and cannot be differentiated"
+            advice = (
+                "Build the network outside of torch.inference_mode(), or copy it there: "
+                "copy.deepcopy(net)."
+            )
+        else:
+            continue
+        raise NetworkError(what, where=f"{where}, {name}", advice=advice)
+
+
 def _restricted(model: FunctionalModel, chosen: tuple[str, ...]) -> FunctionalModel:
     frozen = {name: p for name, p in model.parameters.items() if name not in chosen}
     return FunctionalModel(
@@ -240,11 +304,14 @@ def _restricted(model: FunctionalModel, chosen: tuple[str, ...]) -> FunctionalMo
     )
 
 
-def _described(inputs: Inputs) -> str:
+def _described(inputs: Any) -> str:
     if isinstance(inputs, Tensor):
         return f"{inputs.dtype} {tuple(inputs.shape)}"
-    items = inputs.values() if isinstance(inputs, Mapping) else inputs
-    return ", ".join(map(_described, items))
+    if isinstance(inputs, Mapping):
+        return ", ".join(f"{key}: {_described(value)}" for key, value in inputs.items())
+    if isinstance(inputs, tuple | list):
+        return ", ".join(map(_described, inputs))
+    return type(inputs).__name__
 
 
 def _as_arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from pushforward.errors import NetworkError, OptionError, ShapeError
 from pushforward.typing import Params
 
-__all__ = ["ParameterSpace", "match_names"]
+__all__ = ["ParameterSpace", "as_patterns", "match_names"]
 
 
 @dataclass(frozen=True)
@@ -223,16 +223,15 @@ def match_names(
     Raises
     ------
     OptionError
-        When a pattern matches nothing.
+        For what is no pattern, or when one matches nothing.
 
     Examples
     --------
     >>> match_names(["0.weight", "0.bias", "2.weight"], "0")
     ('0.weight', '0.bias')
     """
-    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     chosen: set[str] = set()
-    for pattern in patterns or ("",):
+    for pattern in as_patterns(patterns, where=where) or ("",):
         found = {name for name in names if _matches(name, pattern)}
         if not found:
             shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
@@ -243,6 +242,42 @@ def match_names(
             )
         chosen |= found
     return tuple(name for name in names if name in chosen)
+
+
+def as_patterns(patterns: str | Iterable[str], *, where: str = "subset") -> tuple[str, ...]:
+    """One pattern or several as a tuple.
+
+    Parameters
+    ----------
+    patterns
+        What the caller gave.
+    where
+        How messages call it.
+
+    Returns
+    -------
+    tuple of str
+        Not compared with any names yet.
+
+    Raises
+    ------
+    OptionError
+        For anything but strings.
+    """
+    found = (
+        (patterns,)
+        if isinstance(patterns, str) or not isinstance(patterns, Iterable)
+        else (tuple(patterns))
+    )
+    for pattern in found:
+        if not isinstance(pattern, str):
+            raise OptionError(
+                f"{pattern!r:.80} is no pattern",
+                where=where,
+                advice="Give names or patterns of parameters as strings, such as 'head' or "
+                "['blocks.0.*', 'head.weight'].",
+            )
+    return found
 
 
 def _matches(name: str, pattern: str) -> bool:

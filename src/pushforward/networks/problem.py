@@ -71,6 +71,12 @@ def check_problem(
             where=model.name,
             advice="The first axis of the outputs has to be that of the examples.",
         )
+    if not outputs.is_floating_point() and not outputs.is_complex():
+        raise DataError(
+            f"the network's outputs are {outputs.dtype}",
+            where=model.name,
+            advice="Return real numbers, such as logits in place of classes.",
+        )
     if not bool(torch.isfinite(outputs).all()):
         raise DataError(
             "the network's outputs hold NaN or infinite entries",
@@ -81,12 +87,41 @@ def check_problem(
         raise DataError(
             "two passes over the same inputs gave different outputs",
             where=model.name,
-            advice="Remove randomness from the forward pass (dropout, noise): net.eval().",
+            advice="Remove randomness from the forward pass (dropout, noise): net.eval(); "
+            "and do not write into the inputs, as x.sub_(mean) does.",
         )
+    _check_independence(model, examples, outputs)
     if likelihood is not None and batch.targets is not None:
         likelihood.check_targets(outputs, batch.targets, examples.name)
     if isinstance(likelihood, Gaussian) and outputs.is_complex():
         raise DataError("outputs are complex", where=model.name, advice="Return real outputs.")
+
+
+def _check_independence(model: FunctionalModel, examples: Examples, outputs: Tensor) -> None:
+    """Refuse a network in which an example sees the others: there is no function to speak of.
+
+    Raises
+    ------
+    DataError
+        When outputs of examples depend on what else is in the batch.
+    """
+    half = len(outputs) // 2
+    if half == 0:
+        return
+    # The last ones: a recurrent layer without batch_first runs through the batch from its first.
+    last = torch.arange(len(outputs) - half, len(outputs))
+    fewer = model.predict(examples.select(last).inputs)
+    # Other sizes of batches round differently: about 2e-3 in float32, 6e-7 in float64 is allowed.
+    near = torch.finfo(outputs.dtype).eps ** 0.4 * float(outputs.abs().max())
+    if fewer.shape != outputs[-half:].shape or not torch.allclose(
+        fewer, outputs[-half:], rtol=0, atol=near
+    ):
+        raise DataError(
+            "the outputs of an example depend on the other examples of its batch",
+            where=model.name,
+            advice="Let every example be computed alone: no means over the first axis, and "
+            "normalisation with fixed statistics (net.eval()).",
+        )
 
 
 def check_loss(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any, NoReturn
 
 import numpy as np
@@ -141,6 +142,7 @@ def open_source(source: Any, *, name: str, cache_bytes: int, targets: bool) -> S
         _refuse_samplers(source, name)
         order = _order(source, name)
         source = _plain_tensors(source, order)
+    _refuse_lists_of_numbers(source, name)
     if _is_one_batch(source, targets):
         table = split_batch(source, name, targets=targets)
         if len(table) == 0:
@@ -169,6 +171,25 @@ def _is_one_batch(source: Any, targets: bool) -> bool:
     if isinstance(source, tuple) or (targets and isinstance(source, list)):
         return len(source) > 1 and to_tensor(source[-1]) is not None
     return False
+
+
+def _refuse_lists_of_numbers(source: Any, name: str) -> None:
+    """A pair whose targets are a list would be taken for two batches.
+
+    Raises
+    ------
+    DataError
+        When the last of several things is a list of numbers.
+    """
+    if not isinstance(source, tuple | list) or len(source) < 2:
+        return
+    last = source[-1]
+    if isinstance(last, list | tuple) and last and all(isinstance(y, Number) for y in last):
+        raise DataError(
+            f"targets are a {type(last).__name__} of numbers",
+            where=name,
+            advice="Give a tensor or a NumPy array: torch.tensor(targets).",
+        )
 
 
 def _refuse_samplers(loader: DataLoader[Any], name: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -12,11 +14,17 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import jacrev, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
+from pushforward.errors import NetworkError, PushforwardError
 from pushforward.networks.model import FunctionalModel, Inputs
 from pushforward.typing import Params
 
 __all__ = ["Tangent"]
+
+_RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
+_BLOCK = 16  # examples pulled back together where they cannot be vectorised
+_FINAL = (PushforwardError, Warning, torch.OutOfMemoryError, MemoryError)  # no way around these
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,11 @@ class Tangent:
     chunk
         Most vectors taken through the network at a time; None for all. It bounds the memory,
         ``chunk`` times that of the activations of a batch, and changes nothing else.
+
+    Notes
+    -----
+    All methods raise a `NetworkError` when the network cannot take the inputs, was brought into
+    training mode, or has operations that torch cannot differentiate in this way.
     """
 
     model: FunctionalModel
@@ -66,12 +79,16 @@ class Tangent:
             return push(direction)[0]
 
         directions = self.model.space.unravel(vectors)
-        with torch.no_grad(), warnings.catch_warnings():
+        with self._differentiated(inputs), warnings.catch_warnings():
             # The first forward derivative imports a part of torch that torch itself deprecates.
             warnings.simplefilter("ignore", DeprecationWarning)
             try:
                 return vmap(forward, chunk_size=self.chunk)(directions)
-            except NotImplementedError:
+            except _FINAL:
+                raise
+            except Exception:
+                # Not only for want of a forward derivative: here the network itself sees one set
+                # of parameters, so that it may branch on values or write into buffers.
                 return vmap(twice_reverse, chunk_size=self.chunk)(directions)
 
     def vjp(self, inputs: Inputs, cotangents: Float[Tensor, "K B *event"]) -> Float[Tensor, "K P"]:
@@ -89,7 +106,7 @@ class Tangent:
         Tensor
             ``(K, P)``.
         """
-        with torch.no_grad():
+        with self._differentiated(inputs):
             _, pull, *_ = vjp(self._at(inputs), self.model.parameters)
             gradients = vmap(lambda u: pull(u)[0], chunk_size=self.chunk)(cotangents)
         return self.model.space.ravel(gradients)
@@ -117,7 +134,7 @@ class Tangent:
             The product ``(K, P)`` and ``J v`` of shape ``(K, B, *event)``.
         """
         moved = self.jvp(inputs, vectors)
-        with torch.no_grad():
+        with self._differentiated(inputs):
             outputs, pull, *_ = vjp(self._at(inputs), self.model.parameters)
             weighted = curvature(outputs, moved)
             gradients = vmap(lambda u: pull(u)[0], chunk_size=self.chunk)(weighted)
@@ -142,16 +159,132 @@ class Tangent:
             single = _map_tensors(lambda x: x.unsqueeze(0), example)
             return jacrev(lambda p: self._at(single)(p).flatten())(parameters)
 
-        with torch.no_grad():
-            return space.ravel(vmap(one)(inputs))
+        with self._differentiated(inputs):
+            try:
+                return space.ravel(vmap(one)(inputs))
+            except _FINAL:
+                raise
+            except Exception as error:
+                if _is_random(error):  # one after the other, chance would pass unnoticed
+                    raise
+                # Recurrent layers and writes into buffers cannot be vectorised over examples. What
+                # fails for another reason fails again. The attempt is repeated with every batch:
+                # it ends within the first pass, and costs little beside what follows.
+                return torch.cat([self._jacobian_of(block) for block in _blocks(inputs)])
+
+    def _jacobian_of(self, inputs: Inputs) -> Float[Tensor, "B C P"]:
+        """Of a few examples: every output of all of them is pulled back through the whole batch.
+
+        Returns
+        -------
+        Tensor
+            ``(B, C, P)``, for B times the arithmetic, and one pass.
+        """
+        outputs, pull, *_ = vjp(self._at(inputs), self.model.parameters)
+        units = torch.eye(outputs.numel(), dtype=outputs.dtype, device=outputs.device)
+        rows = vmap(lambda u: pull(u)[0])(units.reshape(-1, *outputs.shape))
+        return self.model.space.ravel(rows).reshape(len(outputs), -1, self.model.space.size)
 
     def _at(self, inputs: Inputs) -> Callable[[Params], Tensor]:
         def value(parameters: Params) -> Tensor:
             # Fused kernels of attention have neither a forward nor a second derivative.
-            with sdpa_kernel(SDPBackend.MATH):
+            with sdpa_kernel(SDPBackend.MATH), _PlainRecurrence():
                 return self.model(parameters, inputs)
 
         return value
+
+    @contextmanager
+    def _differentiated(self, inputs: Inputs) -> Iterator[None]:
+        """Without a graph of autograd's own, and with errors that say what is wrong.
+
+        Yields
+        ------
+        None
+            While derivatives are taken.
+
+        Raises
+        ------
+        NetworkError
+            For whatever torch or the network raises, except for want of memory.
+        """
+        self.model.check_mode()
+        try:
+            with torch.no_grad():
+                yield
+        except _FINAL:
+            raise
+        except Exception as error:  # a network may raise anything
+            self.model.predict(inputs)  # names what is no matter of derivatives
+            raise NetworkError(
+                f"its derivative cannot be taken: {type(error).__name__}: {error}",
+                where=self.model.name,
+                advice=_advice(error),
+            ) from error
+
+
+class _PlainRecurrence(TorchFunctionMode):
+    """Recurrent layers by operations of torch's own, which have all derivatives.
+
+    Those of the libraries (oneDNN on CPUs, cuDNN) have some of them, in training mode only. The
+    rest of the network keeps its libraries.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func not in _RECURRENT:
+            return func(*args, **(kwargs or {}))
+        # Not by the context managers of torch, which also set, and warn of, flags for TF32.
+        backends: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
+        before = [backend.enabled for backend in backends]
+        try:
+            for backend in backends:
+                backend.enabled = False
+            return func(*args, **(kwargs or {}))
+        finally:
+            for backend, enabled in zip(backends, before, strict=True):
+                backend.enabled = enabled
+
+
+def _is_random(error: Exception) -> bool:
+    return "randomness" in str(error)
+
+
+def _advice(error: Exception) -> str:
+    if _is_random(error):
+        return "Remove chance from the forward pass (dropout, noise): net.eval()."
+    if "setup_context" in str(error):
+        return (
+            "Give the torch.autograd.Function a static method setup_context, as torch's notes on "
+            "extending torch.func describe."
+        )
+    return (
+        "Every operation on the uncertain parameters needs a derivative that torch.func can take."
+    )
+
+
+def _blocks(inputs: Inputs) -> Iterator[Any]:
+    """A batch in parts.
+
+    Yields
+    ------
+    Tensor, tuple or dict
+        Of few examples each.
+    """
+    for first in range(0, _length(inputs), _BLOCK):
+        rows = slice(first, first + _BLOCK)
+        yield _map_tensors(itemgetter(rows), inputs)
+
+
+def _length(inputs: Any) -> int:
+    """How many examples."""
+    while not isinstance(inputs, Tensor):
+        inputs = inputs[0] if isinstance(inputs, tuple) else next(iter(inputs.values()))
+    return len(inputs)
 
 
 def _map_tensors(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pushforward.errors import OptionError
+from pushforward.options import whole_number
 
 __all__ = ["ProcessGrid"]
 
@@ -84,7 +85,8 @@ class ProcessGrid:
                 "all the work otherwise.",
             )
         size, rank = (dist.get_world_size(), dist.get_rank()) if joined else (1, 0)
-        if data_shards < 1 or size % data_shards:
+        data_shards = whole_number(data_shards, "data_shards")
+        if size % data_shards:
             raise OptionError(
                 f"{size} processes cannot share the data by {data_shards}",
                 where="data_shards",

@@ -24,6 +24,7 @@ _CHECKPOINT_SCHEMA = "pushforward.checkpoint"
 _CHECKPOINT_VERSION = 1
 _STATE_FILE = "state.safetensors"
 _PARTIAL = ".partial"
+_DIGEST = "digest"
 _SHOWN = 32  # characters of a value in a message
 
 
@@ -38,7 +39,8 @@ def save_tensors(
     """Write tensors and what belongs to them to a file.
 
     The file appears under its name only when it is complete and on the disk: whatever interrupts
-    the writing, `path` holds what it held before.
+    the writing, `path` holds what it held before. A hash of all its contents is in the file, so
+    that `load_tensors` notices a single changed bit.
 
     Parameters
     ----------
@@ -56,9 +58,10 @@ def save_tensors(
     Raises
     ------
     OptionError
-        If `metadata` hold something that JSON cannot, the folder cannot be made, or `path` is one.
+        If `metadata` hold something that JSON cannot, the folder cannot be made, or `path` is one
+        or no path at all.
     """
-    path = Path(path)
+    path = _path(path)
     if path.is_dir():
         raise OptionError(
             "it is a folder", where=str(path), advice="Give the name of a file, in it say."
@@ -68,11 +71,13 @@ def save_tensors(
         "version": str(version),
         "metadata": _to_json(dict(metadata), "metadata"),
     }
+    storable = _storable(tensors)
+    header[_DIGEST] = _digest(header, {name: _hash_of(name, storable[name]) for name in storable})
     _make_folder(path.parent)
     # In the same folder, because only within one file system is replacing a single step.
     partial = path.with_name(f".{path.name}.{uuid4().hex}{_PARTIAL}")
     try:
-        save_file(_storable(tensors), partial, metadata=header)
+        save_file(storable, partial, metadata=header)
         _flush(partial)
         os.replace(partial, path)
     finally:
@@ -109,18 +114,25 @@ def load_tensors(
 
     Raises
     ------
+    OptionError
+        If `path` is none.
     WeightsError
         If there is no such file, it is damaged or incomplete, of another schema, or newer than
         `version`.
     """
+    path = _path(path)
     where = str(path)
+    tensors, hashes = {}, {}
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             _check_schema(header, schema, version, where)
             metadata = json.loads(header["metadata"])
-            # Copies: the file stays mapped, and may not be replaced on some systems, otherwise.
-            tensors = {key: file.get_tensor(key).clone().to(device) for key in file.keys()}  # noqa: SIM118 - no mapping
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                # A copy: the file stays mapped, and may not be replaced on some systems, otherwise.
+                tensor = file.get_tensor(name).clone()
+                hashes[name] = _hash_of(name, tensor)
+                tensors[name] = tensor.to(device)
     except FileNotFoundError as error:
         raise WeightsError("no such file", where=where, advice="Check the path.") from error
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
@@ -129,6 +141,14 @@ def load_tensors(
             where=where,
             advice="Write it anew; pickles and other formats are not read.",
         ) from error
+    if header.get(_DIGEST) != _digest(header, hashes):
+        raise WeightsError(
+            "damaged: its contents are not those that were written"
+            if _DIGEST in header
+            else "damaged, or from before the first release: its checksum is missing",
+            where=where,
+            advice="Write it anew, or restore a copy; a run begins again without its checkpoint.",
+        )
     return tensors, metadata
 
 
@@ -245,6 +265,33 @@ class Checkpoint:
                 advice="Choose another folder, delete this one, or go back to what it belongs to.",
             )
         return tensors, metadata["state"]
+
+
+def _path(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise OptionError(
+            f"{path!r} is no path",
+            where="path",
+            advice="Give the name of a file, as a string or a pathlib.Path.",
+        )
+    return Path(path)
+
+
+def _hash_of(name: str, tensor: Tensor) -> str:
+    """Of one tensor at a time: from a GPU, all of them need not be on the CPU together."""
+    return fingerprint({name: tensor})
+
+
+def _digest(header: Mapping[str, str], hashes: Mapping[str, str]) -> str:
+    """Hash of everything in a file, from its header and the hash of each tensor.
+
+    Returns
+    -------
+    str
+        The order of neither matters; an entry of an earlier digest is left out.
+    """
+    told = {key: value for key, value in header.items() if key != _DIGEST}
+    return blake2b(json.dumps([told, hashes], sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _check_schema(header: Mapping[str, str], schema: str, version: int, where: str) -> None:

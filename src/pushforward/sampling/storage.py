@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pushforward.errors import WeightsError
 from pushforward.runs.estimate import Check, Cost
-from pushforward.runs.store import fingerprint, load_tensors, save_tensors
+from pushforward.runs.store import load_tensors, save_tensors
 from pushforward.sampling.chains import Chains, Moments
 
 __all__ = ["load_chains", "save_chains"]
@@ -35,7 +35,6 @@ def save_chains(chains: Chains, path: str | os.PathLike[str]) -> None:
         f"{group}:{name}": tensor for group, kept in groups.items() for name, tensor in kept.items()
     }
     metadata = {
-        "checksum": fingerprint(tensors),
         "names": {group: list(kept) for group, kept in groups.items()},  # in their order
         "count": chains.moments.count,
         "kernel": chains.kernel,
@@ -69,7 +68,6 @@ def load_chains(path: str | os.PathLike[str]) -> Chains:
     """
     tensors, metadata = load_tensors(path, schema=_SCHEMA, version=_VERSION)
     try:
-        _check_sum(tensors, metadata)
         return _assembled(tensors, metadata)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WeightsError(
@@ -77,11 +75,6 @@ def load_chains(path: str | os.PathLike[str]) -> Chains:
             where=str(path),
             advice="Write it anew with chains.save(path).",
         ) from error
-
-
-def _check_sum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    if fingerprint(tensors) != metadata["checksum"]:
-        raise ValueError("its tensors are not those that were written")
 
 
 def _groups(chains: Chains) -> dict[str, Mapping[str, Tensor]]:

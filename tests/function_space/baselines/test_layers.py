@@ -138,3 +138,36 @@ def test_weight_and_bias_share_a_matrix():
     assert matrix.shape == (5, 2, 4)
     for name, tensor in layer.tensors(matrix).items():
         torch.testing.assert_close(tensor, tensors[name])
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision_is_no_reason_to_leave_a_layer_out(kind):
+    net, x = convolutional(normalised=True).to(kind), numbers(6, 2, 5, 4, seed=2).to(kind)
+    assert paths_of(net, x) == ["0", "4"]
+    assert paths_of(words().to(kind), sentences(7)) == ["each", "head"]
+
+
+def test_squares_of_half_precision_gradients_stay_in_range():
+    """1e-4 squared is 0 in float16, and 400 squared is infinite."""
+    net, x = convolutional().half(), numbers(6, 2, 5, 4, seed=2).half()
+    reference = reference_of(net, x)
+    layers = find_layers(reference, x[:3])
+    wide = reference_of(net.float(), x.float())
+    for size in (1e-4, 400.0):
+        rows = torch.full((1, 6, 3), size)
+        found, expected = (
+            {
+                name: entries
+                for part in layer_gradients(one, layers, inputs, lambda _, rows=rows: rows)
+                for name, entries in part.layer.tensors(
+                    squares(part.activations, part.gradients)
+                ).items()
+            }
+            for one, inputs in ((reference, x), (wide, x.float()))
+        )
+        names = tuple(found)
+        other = other_squares(reference, names, x, rows.half())
+        for name in names:
+            near = 0.02 * float(expected[name].max())
+            assert torch.allclose(found[name], expected[name], rtol=0, atol=near), (size, name)
+            assert torch.allclose(other[name], expected[name], rtol=0, atol=near), (size, name)

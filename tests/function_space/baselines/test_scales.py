@@ -60,3 +60,10 @@ def test_squares_are_those_of_dense_jacobians(net, x, paths):
     assert sorted(found) == sorted(names)
     for name, own in found.items():
         torch.testing.assert_close(own, truth[name], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision_is_no_reason_to_leave_a_layer_out(kind):
+    net, x = convolutional(normalised=True).to(kind), images().to(kind)
+    reference = ReferenceNetwork.of(net, tuple(x.shape[1:]))
+    assert [layer.path for layer in find_scales(reference, x[:3])] == ["1"]

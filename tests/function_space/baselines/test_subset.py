@@ -57,3 +57,14 @@ def test_zero_at_the_same_weights():
 def test_more_examples_than_there_are_are_refused(count):
     with pytest.raises(OptionError, match=r"^num_examples: .* from 1 to 30"):
         SubsetDistance.of(multilayer(), numbers(30, 3, seed=1), count, seed=0)
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_a_batch_has_examples(size):
+    """Of a negative size there would be no batch at all, and a distance of 0."""
+    with pytest.raises(OptionError, match=rf"^batch_size: {size} is out of range"):
+        SubsetDistance.of(multilayer(), numbers(30, 3, seed=1), 5, seed=0, batch_size=size)
+
+
+def test_it_stands_for_the_data_that_it_was_drawn_from():
+    assert SubsetDistance.of(multilayer(), numbers(30, 3, seed=1), 5, seed=0).num_examples == 30

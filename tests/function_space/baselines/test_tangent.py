@@ -68,6 +68,7 @@ def test_copies_of_some_examples():
     again = TangentDistance.of(net, x, num_examples=8, seed=3).distance(other)
     assert float(again.detach()) != found
     assert some.num_bytes == 8 * 3 * 8
+    assert some.num_examples == 30  # whose distance it estimates
     assert some.name == "tangent on 8"
     assert TangentDistance.of(net, x).name == "tangent"
 

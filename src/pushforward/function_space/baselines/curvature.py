@@ -19,6 +19,7 @@ from pushforward.function_space.baselines.cotangents import (
 )
 from pushforward.function_space.baselines.layers import LinearLayer, find_layers, other_squares
 from pushforward.function_space.baselines.passes import (
+    full_precision,
     inputs_for,
     open_network,
     output_numbers,
@@ -28,7 +29,7 @@ from pushforward.function_space.baselines.scales import (
     find_scales,
     scale_squares,
 )
-from pushforward.function_space.metrics import Metric, check_axes
+from pushforward.function_space.metrics import Metric, check_axes, check_probabilities
 from pushforward.function_space.network import ReferenceNetwork
 from pushforward.networks.batches import Batch, Inputs
 from pushforward.networks.data import Examples
@@ -107,17 +108,19 @@ class CurvaturePass:
         OptionError
             For an unknown metric or Fisher, or a `batch_size` that is not positive.
         ShapeError
-            If `outputs` are out of range.
+            If `outputs` are out of range, or the only one where probabilities are compared.
         """
         check_fisher(fisher, metric)
         batch_size = whole_number(batch_size, "batch_size")
         reference, examples, count = open_network(net, data, targets=fisher == "empirical")
         check_axes(reference.output_shape, metric)
         chosen = tuple(output_numbers(reference, count, outputs).tolist())
+        check_probabilities(len(chosen), metric)
         last = len(examples) - 1
         probe = inputs_for(reference, examples.select(torch.tensor([0, last // 2, last])).inputs)
-        layers = find_layers(reference, probe)
-        scales = find_scales(reference, probe)
+        with full_precision(reference.device):
+            layers = find_layers(reference, probe)
+            scales = find_scales(reference, probe)
         covered = {name for layer in layers for name in layer.names}
         covered |= {name for scale in scales for name in (scale.weight, scale.bias) if name}
         others = tuple(name for name in reference.parameter_names if name not in covered)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pushforward.function_space.answers import as_distance
 from pushforward.function_space.baselines.cotangents import Fisher
 from pushforward.function_space.baselines.curvature import (
     CurvaturePass,
@@ -19,7 +20,7 @@ from pushforward.function_space.baselines.layers import layer_gradients, squares
 from pushforward.function_space.baselines.passes import (
     displacement,
     fixed_question,
-    weights_dtype,
+    full_precision,
 )
 from pushforward.function_space.metrics import Metric
 from pushforward.function_space.network import Other, ReferenceNetwork
@@ -48,6 +49,8 @@ class DiagonalDistance:
         What it was built for.
     num_outputs
         Outputs of an example.
+    num_examples
+        Examples that it was made from.
     """
 
     reference: ReferenceNetwork
@@ -55,6 +58,7 @@ class DiagonalDistance:
     metric: Metric
     outputs: tuple[int, ...]
     num_outputs: int
+    num_examples: int
 
     @classmethod
     def of(
@@ -106,7 +110,7 @@ class DiagonalDistance:
         OptionError
             For an unknown metric or Fisher, or a `batch_size` that is not positive.
         ShapeError
-            If `outputs` are out of range.
+            If `outputs` are out of range, or the only one where probabilities are compared.
         """
         work = CurvaturePass.of(net, data, metric, outputs, fisher, seed, batch_size)
         reference = work.reference
@@ -115,7 +119,10 @@ class DiagonalDistance:
             for name in reference.parameter_names
         }
         count = len(work.examples)
-        with track(count, "Diagonal of the curvature", enabled=progress) as advance:
+        with (
+            full_precision(reference.device),
+            track(count, "Diagonal of the curvature", enabled=progress) as advance,
+        ):
             for size, inputs, directions in work.batches():
                 for part in layer_gradients(reference, work.layers, inputs, directions):
                     found = squares(part.activations, part.gradients)
@@ -125,7 +132,7 @@ class DiagonalDistance:
                     totals[name] += entries
                 advance(size)
         curvature = {name: total / count for name, total in totals.items()}
-        return cls(reference, curvature, metric, work.outputs, work.num_outputs)
+        return cls(reference, curvature, metric, work.outputs, work.num_outputs, count)
 
     @property
     def name(self) -> str:
@@ -152,12 +159,15 @@ class DiagonalDistance:
         Returns
         -------
         Tensor
-            A number from 0 in the type of the other weights, twice differentiable in them.
+            A number from 0 in the type of the other weights, but at least float32;
+            twice differentiable in them.
 
         Raises
         ------
         WeightsError
             For weights of another architecture, or buffers that moved.
+        NetworkError
+            If weights, outputs or the distance are not finite.
         OptionError
             For a metric or outputs that it was not built for.
         ShapeError
@@ -166,7 +176,7 @@ class DiagonalDistance:
         fixed_question((self.metric, self.outputs), self.num_outputs, metric, outputs)
         moved = displacement(self.reference, other)
         terms = [(self.curvature[name] * d.square()).sum() for name, d in moved.items()]
-        return (torch.stack(terms).sum() / 2).to(weights_dtype(self.reference, other))
+        return as_distance(torch.stack(terms).sum() / 2, self.reference, other)
 
     def solve(self, gradients: Params, damping: float) -> Params:
         """Divide by the damped curvature: ``(G + damping I)^{-1} g``.

@@ -10,13 +10,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pushforward.function_space.answers import as_distance, check_finite
 from pushforward.function_space.baselines.passes import (
     input_bytes,
     inputs_for,
     not_negative,
     open_network,
     output_numbers,
-    weights_dtype,
     weights_of,
 )
 from pushforward.function_space.metrics import Metric, check_axes, check_metric, discrepancy
@@ -98,6 +98,11 @@ class ExactDistance:
         return "exact"
 
     @property
+    def num_examples(self) -> int:
+        """Examples of the data."""
+        return len(self.examples)
+
+    @property
     def num_bytes(self) -> int:
         """Inputs of all examples."""
         return input_bytes(self.examples)
@@ -119,14 +124,17 @@ class ExactDistance:
         Returns
         -------
         Tensor
-            A number from 0 in the type of the other weights, differentiable in them.
+            A number from 0 in the type of the other weights, but at least float32;
+            differentiable in them.
 
         Raises
         ------
         WeightsError
             For weights of another architecture.
+        NetworkError
+            If weights, outputs or the distance are not finite.
         ShapeError
-            If `outputs` are out of range.
+            If `outputs` are out of range, or the only one where probabilities are compared.
         OptionError
             For an unknown metric.
         """
@@ -161,7 +169,7 @@ class ExactDistance:
                     part = batch_sum(start, *tensors.values())
                 total = total + part
                 advance(min(size, count - start))
-        return not_negative(total / count).to(weights_dtype(self.reference, other))
+        return as_distance(not_negative(total / count), self.reference, other)
 
     @torch.no_grad()
     def per_example(
@@ -187,8 +195,10 @@ class ExactDistance:
         ------
         WeightsError
             For weights of another architecture.
+        NetworkError
+            If weights, outputs or the distance are not finite.
         ShapeError
-            If `outputs` are out of range.
+            If `outputs` are out of range, or the only one where probabilities are compared.
         OptionError
             For an unknown metric.
         """
@@ -202,7 +212,9 @@ class ExactDistance:
             for start in range(0, len(self.examples), self.batch_size):
                 parts.append(self._rows(tensors, start, metric, chosen, unmoved))
                 advance(len(parts[-1]))
-        return torch.cat(parts).clamp(min=0)
+        found = torch.cat(parts).clamp(min=0)
+        check_finite(found)
+        return found
 
     def _rows(
         self, tensors: Params, start: int, metric: Metric, chosen: Tensor, unmoved: bool

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pushforward.function_space.answers import as_distance, weights_dtype
 from pushforward.function_space.baselines.cotangents import Fisher
 from pushforward.function_space.baselines.curvature import (
     CurvaturePass,
@@ -19,7 +20,7 @@ from pushforward.function_space.baselines.layers import LinearLayer, layer_gradi
 from pushforward.function_space.baselines.passes import (
     displacement,
     fixed_question,
-    weights_dtype,
+    full_precision,
 )
 from pushforward.function_space.metrics import Metric
 from pushforward.function_space.network import Other, ReferenceNetwork
@@ -110,6 +111,8 @@ class KroneckerDistance:
         What it was built for.
     num_outputs
         Outputs of an example.
+    num_examples
+        Examples that it was made from.
 
     Notes
     -----
@@ -124,6 +127,7 @@ class KroneckerDistance:
     metric: Metric
     outputs: tuple[int, ...]
     num_outputs: int
+    num_examples: int
 
     @classmethod
     def of(
@@ -176,11 +180,14 @@ class KroneckerDistance:
         OptionError
             For an unknown metric or Fisher, or a `batch_size` that is not positive.
         ShapeError
-            If `outputs` are out of range.
+            If `outputs` are out of range, or the only one where probabilities are compared.
         """
         work = CurvaturePass.of(net, data, metric, outputs, fisher, seed, batch_size)
         total = len(work.examples) * (2 if eigenvalue_corrected else 1)
-        with track(total, "Kronecker factors", enabled=progress) as advance:
+        with (
+            full_precision(work.reference.device),
+            track(total, "Kronecker factors", enabled=progress) as advance,
+        ):
             layers, diagonal = _factors(work, advance)
             if eigenvalue_corrected:
                 layers = _corrected(work, layers, advance)
@@ -192,6 +199,7 @@ class KroneckerDistance:
             metric,
             work.outputs,
             work.num_outputs,
+            len(work.examples),
         )
 
     @property
@@ -220,12 +228,15 @@ class KroneckerDistance:
         Returns
         -------
         Tensor
-            A number from 0 in the type of the other weights, twice differentiable in them.
+            A number from 0 in the type of the other weights, but at least float32;
+            twice differentiable in them.
 
         Raises
         ------
         WeightsError
             For weights of another architecture, or buffers that moved.
+        NetworkError
+            If weights, outputs or the distance are not finite.
         OptionError
             For a metric or outputs that it was not built for.
         ShapeError
@@ -234,13 +245,13 @@ class KroneckerDistance:
         fixed_question((self.metric, self.outputs), self.num_outputs, metric, outputs)
         moved = displacement(self.reference, other)
         terms = [(own * moved[name].square()).sum() for name, own in self.diagonal.items()]
-        kind = weights_dtype(self.reference, other)
         # Differences of weights want float64, rotations of them do not, and cost the time.
-        rotated = torch.promote_types(kind, torch.float32)
-        for part in self.layers:
-            matrix = part.rotated(part.layer.matrix(moved).to(rotated)).double()
-            terms.append((part.eigenvalues * matrix.square()).sum())
-        return (torch.stack(terms).sum() / 2).to(kind)
+        kind = weights_dtype(self.reference, other)
+        with full_precision(self.reference.device):
+            for part in self.layers:
+                matrix = part.rotated(part.layer.matrix(moved).to(kind)).double()
+                terms.append((part.eigenvalues * matrix.square()).sum())
+        return as_distance(torch.stack(terms).sum() / 2, self.reference, other)
 
     def solve(self, gradients: Params, damping: float) -> Params:
         """Solve with the damped curvature, ``(G + damping I)^{-1} g``, in the eigenvectors.

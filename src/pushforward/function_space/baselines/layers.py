@@ -22,11 +22,13 @@ from pushforward.typing import Params
 __all__ = [
     "LayerGradient",
     "LinearLayer",
+    "closeness",
     "find_layers",
     "layer_gradients",
     "other_squares",
     "squares",
     "watched",
+    "wide",
 ]
 
 _CHUNK = 2**22  # entries of the gradients of single examples held at a time
@@ -133,7 +135,7 @@ def layer_gradients(
         rows = reference.outputs(reference.tensors, inputs)
     modules = [reference.module.get_submodule(layer.path) for layer in layers]
     activations = [
-        torch.cat([_entering(layer, module, x) for x in seen[layer.path]], 1)
+        wide(torch.cat([_entering(layer, module, x) for x in seen[layer.path]], 1))
         for layer, module in zip(layers, modules, strict=True)
     ]
     flat = [probe for layer in layers for probe in probes[layer.path]]
@@ -145,7 +147,7 @@ def layer_gradients(
         )
         for layer, module, entered in zip(layers, modules, activations, strict=True):
             calls = [_leaving(module, next(pulled)) for _ in probes[layer.path]]
-            yield LayerGradient(number, layer, entered, torch.cat(calls, 1))
+            yield LayerGradient(number, layer, entered, wide(torch.cat(calls, 1)))
 
 
 def find_layers(reference: ReferenceNetwork, inputs: Inputs) -> tuple[LinearLayer, ...]:
@@ -193,8 +195,8 @@ def find_layers(reference: ReferenceNetwork, inputs: Inputs) -> tuple[LinearLaye
     for layer in layers:
         product = products[layer.path]
         expected = layer.matrix(truth)
-        near = 1e-3 * float(expected.abs().max())
-        if torch.allclose(product, expected, rtol=0, atol=near):
+        near = closeness(expected.dtype) * float(expected.abs().max())
+        if torch.allclose(product, wide(expected), rtol=0, atol=near):
             kept.append(layer)
     return tuple(kept)
 
@@ -264,13 +266,23 @@ def other_squares(
         single = Table(example, None).map(lambda x: x.unsqueeze(0)).inputs
         _, pull, *_ = vjp(lambda p: reference.outputs({**fixed, **p}, single)[0], point)
         pulled = vmap(lambda u: pull(u)[0])(directions)
-        return {name: g.square().sum(0) for name, g in pulled.items()}
+        return {name: wide(g).square().sum(0) for name, g in pulled.items()}
 
     per_example = len(cotangents) * sum(t.numel() for t in point.values())
     chunk = max(1, _CHUNK // per_example)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         found = vmap(one, in_dims=(0, 1), chunk_size=chunk)(inputs, cotangents)
     return {name: g.sum(0, dtype=torch.float64) for name, g in found.items()}
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """At least in float32: squares of half-precision numbers leave the range of float16."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def closeness(kind: torch.dtype) -> float:
+    """Relative difference up to which two ways of taking a gradient agree, by rounding alone."""
+    return max(1e-3, 8 * torch.finfo(kind).eps)
 
 
 def _candidates(module: nn.Module) -> Iterator[LinearLayer]:

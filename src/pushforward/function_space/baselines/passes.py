@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from pushforward.function_space.metrics import Metric, check_metric
 from pushforward.function_space.network import Other, ReferenceNetwork, select_outputs
 from pushforward.networks.batches import Batch, Inputs, Table
 from pushforward.networks.data import Examples
-from pushforward.networks.model import FunctionalModel
 from pushforward.options import whole_number
 from pushforward.runs.rng import stream
 from pushforward.typing import Params
@@ -22,15 +21,17 @@ from pushforward.typing import Params
 __all__ = [
     "displacement",
     "fixed_question",
+    "full_precision",
     "input_bytes",
     "inputs_for",
     "not_negative",
     "open_network",
     "output_numbers",
     "random_examples",
-    "weights_dtype",
     "weights_of",
 ]
+
+_TRIED = 8  # examples
 
 
 def open_network(
@@ -64,11 +65,9 @@ def open_network(
     column = next(iter(Table(probe.inputs, None).columns().values()))
     reference = ReferenceNetwork.of(net, tuple(column.shape[1:]))
     examples = Examples.read(examples, device=reference.device)
-    probe = examples.select(torch.tensor([0]))
-    model = FunctionalModel.of(reference.module, reference.parameter_names)
-    rows = model.predict(inputs_for(reference, probe.inputs))
-    seen = replace(reference, output_shape=tuple(rows.shape[1:]))
-    return seen, examples, rows.flatten(1).shape[1]
+    few = examples.select(torch.arange(min(len(examples), _TRIED)))
+    seen = reference.seen_on(inputs_for(reference, few.inputs))
+    return seen, examples, prod(seen.output_shape)
 
 
 def inputs_for(reference: ReferenceNetwork, inputs: Inputs) -> Inputs:
@@ -128,13 +127,6 @@ def weights_of(reference: ReferenceNetwork, other: Other) -> Params:
     """Weights of another network in the number types of the reference, with their history."""
     given = reference.tensors_of(other)
     return {name: given[name].to(own.dtype) for name, own in reference.tensors.items()}
-
-
-def weights_dtype(reference: ReferenceNetwork, other: Other) -> torch.dtype:
-    """Type of another network's own weights, in which it gets its distance."""
-    given = dict(other.named_parameters()) if isinstance(other, nn.Module) else other
-    kinds = [given[name].dtype for name in reference.parameter_names if name in given]
-    return next((kind for kind in kinds if kind.is_floating_point), reference.dtype)
 
 
 def displacement(reference: ReferenceNetwork, other: Other) -> Params:
@@ -211,6 +203,11 @@ def fixed_question(
             where="outputs",
             advice="Build another with these outputs.",
         )
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """Keep mixed precision out of a measure: its rounding would be called a distance."""
+    return torch.autocast(device_type=device.type, enabled=False)
 
 
 def not_negative(value: Float[Tensor, ""]) -> Float[Tensor, ""]:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pushforward.function_space.baselines.layers import other_squares, watched
+from pushforward.function_space.baselines.layers import closeness, other_squares, watched, wide
 from pushforward.function_space.network import ReferenceNetwork
 from pushforward.networks.batches import Inputs
 from pushforward.typing import Params
@@ -64,8 +64,9 @@ def find_scales(reference: ReferenceNetwork, inputs: Inputs) -> tuple[ScaleLayer
     names = tuple(name for layer in layers for name in (layer.weight, layer.bias) if name)
     truth = other_squares(reference, names, inputs, directions)
     found = scale_squares(reference, layers, inputs, directions)
+    near = closeness(rows.dtype)
     close = {
-        name: torch.allclose(found[name], own, rtol=0, atol=1e-3 * float(own.max()))
+        name: torch.allclose(found[name], own, rtol=0, atol=near * float(own.max()))
         for name, own in truth.items()
     }
     return tuple(
@@ -124,7 +125,7 @@ def scale_squares(
                 parts[layer.bias] = sum(_by_example(g, last) for g, _ in calls)
             for name, part in parts.items():
                 assert isinstance(part, Tensor)
-                found = part.square().sum(0, dtype=torch.float64).reshape(shape)
+                found = wide(part).square().sum(0, dtype=torch.float64).reshape(shape)
                 totals[name] = totals[name] + found if name in totals else found
     return totals
 

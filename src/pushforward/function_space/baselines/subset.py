@@ -12,6 +12,7 @@ from pushforward.function_space.baselines.exact import ExactDistance
 from pushforward.function_space.baselines.passes import open_network, random_examples
 from pushforward.function_space.metrics import Metric
 from pushforward.function_space.network import Other, ReferenceNetwork
+from pushforward.options import whole_number
 
 __all__ = ["SubsetDistance"]
 
@@ -28,10 +29,13 @@ class SubsetDistance:
         The exact distance over the copies.
     indices
         ``(n,)``, their numbers in the data set, ascending.
+    num_examples
+        Examples of the data set that they were drawn from, whose mean theirs stands for.
     """
 
     stored: ExactDistance
     indices: Int[Tensor, " n"]
+    num_examples: int
 
     @classmethod
     def of(
@@ -64,12 +68,13 @@ class SubsetDistance:
         DataError
             For data that are empty, not finite, shuffled or augmented.
         OptionError
-            If there are not so many examples.
+            If there are not so many examples, or `batch_size` is not positive.
         """
+        batch_size = whole_number(batch_size, "batch_size")
         reference, examples, num_outputs = open_network(net, data)
         batch, kept = random_examples(examples, num_examples, seed, "subset distance")
         exact = ExactDistance(reference, kept, num_outputs, batch_size, False)
-        return cls(exact, batch.indices)
+        return cls(exact, batch.indices, len(examples))
 
     @property
     def name(self) -> str:
@@ -103,14 +108,17 @@ class SubsetDistance:
         Returns
         -------
         Tensor
-            A number from 0 in the type of the other weights, differentiable in them.
+            A number from 0 in the type of the other weights, but at least float32;
+            differentiable in them.
 
         Raises
         ------
         WeightsError
             For weights of another architecture.
+        NetworkError
+            If weights, outputs or the distance are not finite.
         ShapeError
-            If `outputs` are out of range.
+            If `outputs` are out of range, or the only one where probabilities are compared.
         OptionError
             For an unknown metric.
         """

@@ -11,20 +11,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pushforward.function_space.answers import as_distance
 from pushforward.function_space.baselines.passes import (
     displacement,
+    full_precision,
     input_bytes,
     inputs_for,
     not_negative,
     open_network,
     output_numbers,
     random_examples,
-    weights_dtype,
 )
-from pushforward.function_space.metrics import Metric, check_axes, check_metric, output_curvature
+from pushforward.function_space.metrics import (
+    Metric,
+    check_axes,
+    check_metric,
+    check_probabilities,
+    output_curvature,
+)
 from pushforward.function_space.network import Other, ReferenceNetwork
+from pushforward.networks.batches import Inputs
 from pushforward.networks.data import Examples
-from pushforward.networks.model import FunctionalModel, Inputs
+from pushforward.networks.model import FunctionalModel
 from pushforward.networks.tangent import Tangent
 from pushforward.options import whole_number
 from pushforward.runs.progress import track
@@ -50,6 +58,8 @@ class TangentDistance:
         Outputs of an example.
     stored
         Whether `examples` are copies.
+    num_examples
+        Of the whole data set, also where `examples` are copies of some.
     batch_size
         Examples run at a time.
     progress
@@ -60,6 +70,7 @@ class TangentDistance:
     examples: Examples
     num_outputs: int
     stored: bool
+    num_examples: int
     batch_size: int = 512
     progress: bool | None = None
 
@@ -107,10 +118,10 @@ class TangentDistance:
         """
         batch_size = whole_number(batch_size, "batch_size")
         reference, examples, num_outputs = open_network(net, data)
+        total, stored = len(examples), num_examples is not None
         if num_examples is not None:
             _, examples = random_examples(examples, num_examples, seed, "tangent distance")
-        stored = num_examples is not None
-        return cls(reference, examples, num_outputs, stored, batch_size, progress)
+        return cls(reference, examples, num_outputs, stored, total, batch_size, progress)
 
     @property
     def name(self) -> str:
@@ -144,20 +155,24 @@ class TangentDistance:
         Returns
         -------
         Tensor
-            A number from 0 in the type of the other weights, twice differentiable in them.
+            A number from 0 in the type of the other weights, but at least float32;
+            twice differentiable in them.
 
         Raises
         ------
         WeightsError
             For weights of another architecture, or buffers that moved.
+        NetworkError
+            If weights, outputs or the distance are not finite.
         ShapeError
-            If `outputs` are out of range.
+            If `outputs` are out of range, or the only one where probabilities are compared.
         OptionError
             For an unknown metric.
         """
         check_metric(metric)
         check_axes(self.reference.output_shape, metric)
         chosen = output_numbers(self.reference, self.num_outputs, outputs)
+        check_probabilities(len(chosen), metric)
         moved = displacement(self.reference, other)
         tangent, count, size = self._tangent, len(self.examples), self.batch_size
         vector = tangent.model.space.ravel(moved).to(self.reference.dtype)
@@ -179,7 +194,7 @@ class TangentDistance:
                     part = torch.einsum("bi,bij,bj->", change, curvature, change)
                 total = total + part / 2
                 advance(len(numbers))
-        return not_negative(total / count).to(weights_dtype(self.reference, other))
+        return as_distance(not_negative(total / count), self.reference, other)
 
 
 class _Push(torch.autograd.Function):
@@ -190,7 +205,8 @@ class _Push(torch.autograd.Function):
         ctx: Any, tangent: Tangent, read: Callable[[], Inputs], vector: Tensor
     ) -> Float[Tensor, "B K"]:
         ctx.tangent, ctx.read = tangent, read
-        return tangent.jvp(read(), vector.detach().unsqueeze(0))[0].flatten(1)
+        with full_precision(vector.device):
+            return tangent.jvp(read(), vector.detach().unsqueeze(0))[0].flatten(1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor]:
@@ -206,8 +222,9 @@ class _Pull(torch.autograd.Function):
     ) -> Float[Tensor, " P"]:
         ctx.tangent, ctx.read = tangent, read
         inputs = read()
-        shape = tangent.model.predict(inputs).shape
-        return tangent.vjp(inputs, cotangent.detach().reshape(1, *shape))[0]
+        with full_precision(cotangent.device):
+            shape = tangent.model.predict(inputs).shape
+            return tangent.vjp(inputs, cotangent.detach().reshape(1, *shape))[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor]:
