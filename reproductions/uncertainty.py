@@ -67,6 +67,8 @@ class Uncertainty:
         Posterior draws of all layers.
     prior
         Of all layers and of the last one.
+    prior_precision
+        Of all layers; default learned, which takes most of the time.
     num_train
         Training images that the posterior over all layers sees, the first ones; default all that
         the network was trained on, which the one over the last layer always sees. With fewer there
@@ -85,6 +87,7 @@ class Uncertainty:
     seeds: tuple[int, ...] = (0, 1, 2)
     draws: int = 64
     prior: Literal["isotropic", "layerwise", "gprior"] = "gprior"
+    prior_precision: float | None = None
     num_train: int | None = None
     num_validation: int = 2000
     num_test: int = 8000
@@ -182,6 +185,7 @@ def _one_seed(options: Uncertainty, seed: int, shifted: _Shifted, cache: Path) -
         likelihood,
         method="sampled",
         prior=options.prior,
+        prior_precision=options.prior_precision,
         num_draws=options.draws,
         seed=seed,
         checkpoint=folder,

@@ -349,7 +349,9 @@ def test_summaries_go_from_process_to_process():
     net, x = small_mlp(), _inputs()
     other = moved(net)
     parts = [summarize(net, x[:150]), summarize(net, x[150:])]
-    parts[0].distance(other)  # what it keeps for the next call does not hinder it
+    size = len(pickle.dumps(parts[0]))
+    parts[0].distance(other)
+    assert len(pickle.dumps(parts[0])) == size  # what it keeps for the next call is not sent along
     parts[0].calibration()
     sent = [pickle.loads(pickle.dumps(part)) for part in parts]
     whole, got = summarize(net, x), sent[0] + sent[1]

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal
 
 from pushforward.cli.options import ExampleOptions, NetworkOptions
-from pushforward.cli.pages import make_folder, page_environment, refuse_overwriting, size_of
+from pushforward.cli.pages import (
+    check_writable,
+    make_folder,
+    page_environment,
+    refuse_overwriting,
+    size_of,
+)
+from pushforward.cli.wording import in_words_of_options
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from pushforward.errors import PushforwardError
     from pushforward.function_space.network import ReferenceNetwork
     from pushforward.function_space.summary import FunctionSummary, InputMoments
     from pushforward.function_space.versions import VersionDistances
@@ -31,27 +35,6 @@ EstimatorName = Literal[
 ]
 
 _SEED_LIMIT = 2**63
-
-# What messages of the library call its arguments, and what they are called here.
-_OPTIONS = {
-    "classes": "--classes",
-    "clusters": "--clusters",
-    "input_moments": "--input-moments",
-    "layer_moments": "--layer-moments",
-    "outputs": "--outputs",
-    "metric": "--metric",
-    "metrics": "--metric",
-    "estimator": "--estimator",
-    "seed": "--seed",
-}
-_ADVICE = (
-    (r"Give num_classes= .*", "Number the classes that occur from 0, without gaps."),
-    (r"Make it with pf\.summarize\(\.\.\., layer_moments=True\)", "Make it with --layer-moments"),
-    (r"Leave layer_moments=False", "Leave out --layer-moments"),
-    (r", a slice, or a mask", ""),
-    (r"Give classes, or neither", "Leave it out, or give --classes targets"),
-    (r"""estimator=["'](\w+)["']""", r"--estimator \1"),
-)
 
 
 @dataclass(frozen=True)
@@ -151,7 +134,7 @@ class Distance:
         if versions:
             self._check_question(reference)
         self._check_places(with_page=bool(versions))
-        with _as_options():
+        with in_words_of_options():
             summary = self._make(net, inputs) if known is None else known
         print(summary, flush=True)
         if self.save_summary is not None:
@@ -159,7 +142,7 @@ class Distance:
             print(f"Summary: {self.save_summary}")
         if not versions:
             return
-        with _as_options():
+        with in_words_of_options():
             found = measure_versions(
                 summary,
                 versions,
@@ -266,13 +249,13 @@ class Distance:
     def _check_places(self, *, with_page: bool) -> None:
         """Refuse files that cannot be written before the work, not after it."""
         if self.save_summary is not None:
-            _check_writable(self.save_summary)
+            check_writable(self.save_summary)
         if with_page:
             make_folder(self.output)
             for name in ("index.html", "result.json"):
-                _check_writable(self.output / name)
+                check_writable(self.output / name)
             if self.json is not None:
-                _check_writable(self.json)
+                check_writable(self.json)
 
     def _reference(self, net: nn.Module, inputs: Tensor | None) -> ReferenceNetwork:
         """The network as it will be summarised, tried on a few examples."""
@@ -300,7 +283,7 @@ class Distance:
         from pushforward.function_space.network import select_outputs
 
         count = prod(reference.output_shape)
-        with _as_options():
+        with in_words_of_options():
             chosen = select_outputs(count, list(self.outputs) or None)
             for metric in self.metric:
                 check_axes(reference.output_shape, metric)
@@ -424,51 +407,6 @@ def compressed_versions(
         option = "--prune" if error.where == "share" else "--quantise"
         raise OptionError(error.what, where=option, advice=error.advice) from error
     return versions
-
-
-@contextmanager
-def _as_options() -> Iterator[None]:
-    """Let refusals of the library name options of the command line.
-
-    Yields
-    ------
-    None
-        While they do.
-    """
-    from pushforward.errors import PushforwardError
-
-    try:
-        yield
-    except PushforwardError as error:
-        _retell(error)
-
-
-def _retell(error: PushforwardError) -> NoReturn:
-    """Raise an error again, in the words of the command line."""
-    where, advice = _OPTIONS.get(error.where, error.where), error.advice
-    for said, instead in _ADVICE:
-        where, advice = re.sub(said, instead, where), re.sub(said, instead, advice)
-    raise type(error)(error.what, where=where, advice=advice) from error
-
-
-def _check_writable(path: Path) -> None:
-    """Refuse a file that cannot be written, without touching one that is there."""
-    import os
-
-    from pushforward.errors import OptionError
-
-    make_folder(path.parent)
-    reason = None
-    if path.is_dir():
-        reason = "it is a folder"
-    elif not os.access(path if path.exists() else path.parent, os.W_OK):
-        reason = "permission denied"
-    if reason is not None:
-        raise OptionError(
-            f"cannot be written ({reason})",
-            where=str(path),
-            advice="Choose a file that you may write.",
-        )
 
 
 def _weights(net: nn.Module, path: Path) -> Params:

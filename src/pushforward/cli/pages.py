@@ -11,7 +11,13 @@ from pushforward.cli.options import NetworkOptions
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["make_folder", "page_environment", "refuse_overwriting", "size_of"]
+__all__ = [
+    "check_writable",
+    "make_folder",
+    "page_environment",
+    "refuse_overwriting",
+    "size_of",
+]
 
 
 def size_of(options: NetworkOptions, net: nn.Module) -> str:
@@ -90,6 +96,37 @@ def make_folder(path: Path) -> None:
             where=str(path),
             advice="Choose a folder that you may write to.",
         ) from error
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file that cannot be written, without touching one that is there.
+
+    Parameters
+    ----------
+    path
+        The file; its folder is made.
+
+    Raises
+    ------
+    OptionError
+        With the reason.
+    """
+    import os
+
+    from pushforward.errors import OptionError
+
+    make_folder(path.parent)
+    reason = None
+    if path.is_dir():
+        reason = "it is a folder"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        reason = "permission denied"
+    if reason is not None:
+        raise OptionError(
+            f"cannot be written ({reason})",
+            where=str(path),
+            advice="Choose a file that you may write.",
+        )
 
 
 def refuse_overwriting(

@@ -166,6 +166,10 @@ class FunctionSummary:
             "num_bytes": self.num_bytes,
         }
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes: without what estimators keep, which is made again when wanted."""
+        return {name: kept for name, kept in self.__dict__.items() if name != "_estimators"}
+
     def __radd__(self, other: object) -> FunctionSummary:
         """Itself, added to the 0 with which Python's ``sum`` begins."""
         return self if isinstance(other, int) and other == 0 else NotImplemented
